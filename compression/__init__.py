@@ -1,0 +1,1 @@
+"""Techniques that change weights: quantisation, decomposition, training."""

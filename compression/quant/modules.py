@@ -1,0 +1,60 @@
+"""bitsandbytes layers made from a model's own linear layers, without touching the original weights."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+# At import it reports that an optional kernel of the hub is missing; ours never comes from there.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# Each int8 forward would warn that inputs pass through fp16; the technique's docstring says so once.
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+import bitsandbytes as bnb  # noqa: E402
+
+
+def linear_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight as [out_features, in_features] and bias of an nn.Linear or a transformers Conv1D."""
+    weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+    return weight.detach(), None if layer.bias is None else layer.bias.detach()  # type: ignore[return-value]
+
+
+def int8_linear(layer: nn.Module, threshold: float) -> nn.Module:
+    """LLM.int8() layer: weights int8 per output channel, activations int8 per token, outlier columns in full."""
+    weight, bias = linear_weight(layer)
+    new = bnb.nn.Linear8bitLt(weight.shape[1], weight.shape[0], bias=bias is not None, has_fp16_weights=False, threshold=threshold, device="meta")
+    packed, scale, _ = bnb.functional.int8_vectorwise_quant(weight.to(torch.float16).contiguous())
+    new.weight = bnb.nn.Int8Params(packed, requires_grad=False, has_fp16_weights=False, CB=packed, SCB=scale)
+    new.state.CB, new.state.SCB = packed, scale
+    _set_bias(new, bias)
+    return new.eval()
+
+
+def nf4_linear(layer: nn.Module, block_size: int, double_quant: bool) -> nn.Module:
+    """NormalFloat4 layer: blocks of weights as 4-bit codes with one scale each."""
+    weight, bias = linear_weight(layer)
+    dtype = weight.dtype
+    new = bnb.nn.Linear4bit(weight.shape[1], weight.shape[0], bias=bias is not None, quant_type="nf4", compute_dtype=dtype, device="meta")
+    packed, state = bnb.functional.quantize_4bit(weight.contiguous(), blocksize=block_size, compress_statistics=double_quant, quant_type="nf4")
+    new.weight = bnb.nn.Params4bit(packed, requires_grad=False, quant_state=state, blocksize=block_size,
+                                   compress_statistics=double_quant, quant_type="nf4", bnb_quantized=True, module=new)
+    new.quant_state = state
+    new.support_avx512bf16_for_cpu = fused_nf4_runs(new, block_size)
+    _set_bias(new, bias)
+    new.eval()
+    with torch.inference_mode():  # the fused kernel repacks at its first call; do it here, so that bytes are final
+        new(torch.zeros(1, weight.shape[1], dtype=dtype, device=weight.device))
+    return new
+
+
+def fused_nf4_runs(layer: nn.Module, block_size: int) -> bool:
+    """Whether bitsandbytes computes with the 4-bit codes on this CPU; else it unpacks the layer at each call."""
+    out_features, in_features = layer.out_features, layer.in_features
+    return bool(bnb.functional.has_avx512bf16()) and out_features % 32 == 0 and in_features % block_size == 0
+
+
+def _set_bias(layer: nn.Module, bias: Tensor | None) -> None:
+    layer.bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)

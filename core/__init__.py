@@ -1,0 +1,1 @@
+"""The lowest layer: bundle, technique contract, reversible edits, training, evaluation, datasets, errors, units."""

@@ -1,0 +1,40 @@
+"""Which techniques go together: order by stage, and one table of pairs that exclude each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from core.errors import IncompatibleTechniques
+from core.technique import Technique
+
+# Pairs of technique names that cannot be on at once, with the reason a person reads.
+EXCLUDES: dict[frozenset[str], str] = {
+    frozenset({"bnb_int8", "bnb_nf4"}): "both replace the same linear layers; a weight is stored as int8 or as nf4, not as both",
+}
+
+
+def ordered(techniques: Sequence[Technique]) -> tuple[Technique, ...]:
+    """The techniques in the order they are applied: by stage, then by name, whatever order they were given in.
+
+    Raises:
+        IncompatibleTechniques: one is given twice, or two exclude each other.
+    """
+    chosen = sorted(techniques, key=lambda t: (t.stage, t.name))
+    for first, second in zip(chosen, chosen[1:], strict=False):
+        if first.name == second.name:
+            raise IncompatibleTechniques(f"{first.name} is given twice. Keep one of them.")
+    for i, first in enumerate(chosen):
+        for second in chosen[i + 1 :]:
+            reason = EXCLUDES.get(frozenset({first.name, second.name}))
+            if reason:
+                raise IncompatibleTechniques(f"{first.name} and {second.name} do not go together: {reason}. Switch one of them off.")
+    return tuple(chosen)
+
+
+def compatible(techniques: Sequence[Technique]) -> bool:
+    """True when these can be applied together."""
+    try:
+        ordered(techniques)
+    except IncompatibleTechniques:
+        return False
+    return True

@@ -1,0 +1,90 @@
+"""Text and token sources: files in, plain Python lists or token arrays out. Nothing here downloads."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from core.errors import CalibrationError, InvalidRequest
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text of a corpus and where it came from."""
+
+    text: str
+    source: str
+    shard: str
+
+
+def read_jsonl(path: Path) -> Iterator[dict]:
+    """The objects of a `.jsonl` or `.jsonl.zst` file.
+
+    Raises:
+        InvalidRequest: a line is not JSON; names the line.
+    """
+    if path.suffix == ".zst":
+        import zstandard
+
+        raw: io.TextIOBase = io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(path.open("rb")), encoding="utf-8")
+    else:
+        raw = path.open(encoding="utf-8")
+    with raw:
+        for number, line in enumerate(raw, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise InvalidRequest(f"{path.name}, line {number} is not JSON: {error.msg}.") from error
+
+
+def read_corpus(folder: Path) -> list[Document]:
+    """Every document of the `*.jsonl` and `*.jsonl.zst` shards of a folder, in file order.
+
+    Raises:
+        CalibrationError: the folder holds no shard.
+    """
+    shards = sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.zst")])
+    if not shards:
+        raise CalibrationError(f"{folder} holds no .jsonl or .jsonl.zst file. Point --corpus at a folder of such shards.")
+    return [
+        Document(row["text"], row.get("source", shard.name), shard.name.split(".")[0])
+        for shard in shards
+        for row in read_jsonl(shard)
+    ]
+
+
+def is_held_out(source: str, percent: float = 1.0) -> bool:
+    """True for a fixed pseudo-random share of sources; the same on every machine and in every run."""
+    digest = hashlib.sha256(source.encode()).digest()
+    return int.from_bytes(digest[:4], "big") / 2**32 < percent / 100
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """A long row of token ids, read as shuffled windows."""
+
+    tokens: NDArray[np.uint16]  # [N]
+
+    def window(self, index: int, length: int, seed: int = 0) -> Tensor:
+        """The `index`-th window of a shuffled pass, [length] int64; passes follow one another, each in its own order."""
+        count = len(self.tokens) // length
+        if count == 0:
+            raise CalibrationError(f"The text has {len(self.tokens)} tokens; a window needs {length}. Give more text.")
+        epoch, place = divmod(index, count)
+        order = np.random.default_rng((seed, epoch, length)).permutation(count)
+        start = int(order[place]) * length
+        return torch.from_numpy(self.tokens[start : start + length].astype(np.int64))
+
+    def batch(self, step: int, rows: int, length: int, seed: int = 0) -> Tensor:
+        """The windows of one training step, [rows, length] int64."""
+        return torch.stack([self.window(step * rows + row, length, seed) for row in range(rows)])

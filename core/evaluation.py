@@ -1,0 +1,115 @@
+"""Quality figures, scored as decode would run: each scored position goes through the model as a decode step does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from core.bundle import Bundle
+from core.errors import InvalidRequest
+from core.progress import Stop
+
+EXEMPT_POSITIONS = 4
+"""First positions of a text that are prefilled and not scored: attention sinks, which techniques exempt too."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Negative log-likelihood of scored tokens.
+
+    nll: nats, summed. tokens: number of tokens scored. text_bytes: UTF-8 bytes those tokens stand for.
+    """
+
+    nll: float
+    tokens: int
+    text_bytes: int
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Comparable between vocabularies; None when nothing was scored."""
+        return self.nll / math.log(2) / self.text_bytes if self.text_bytes else None
+
+    @property
+    def perplexity(self) -> float | None:
+        """Per token; comparable only within one vocabulary."""
+        return math.exp(min(700.0, self.nll / self.tokens)) if self.tokens else None
+
+    def __add__(self, other: Score) -> Score:
+        return Score(self.nll + other.nll, self.tokens + other.tokens, self.text_bytes + other.text_bytes)
+
+
+@torch.inference_mode()
+def decode_logits(bundle: Bundle, prompt_ids: Sequence[int], continuation_ids: Sequence[int], stop: Stop | None = None) -> Tensor:
+    """Logits before each continuation token: the prompt in one prefill, then one decode step per token.
+
+    Args:
+        prompt_ids: at least one token.
+        continuation_ids: the tokens to come, N of them.
+
+    Returns:
+        [N, vocab_size] float32; fewer rows when `stop` was requested.
+
+    Raises:
+        InvalidRequest: no prompt token.
+    """
+    if not prompt_ids:
+        raise InvalidRequest("Scoring needs at least one token before the scored text.")
+    cache = bundle.cache_factory()
+    ids = torch.tensor([list(prompt_ids)], device=bundle.device)
+    rows = []
+    for token in [*continuation_ids, None]:
+        logits = bundle.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+        rows.append(logits.float())
+        if token is None or (stop is not None and stop.requested):
+            break
+        ids = torch.tensor([[token]], device=bundle.device)
+    return torch.stack(rows)[: len(continuation_ids)]
+
+
+def score_continuation(bundle: Bundle, prompt_ids: Sequence[int], continuation_ids: Sequence[int], stop: Stop | None = None) -> Score:
+    """How likely the bundle finds `continuation_ids` after `prompt_ids`, under decode semantics."""
+    if not continuation_ids:
+        return Score(0.0, 0, 0)
+    logits = decode_logits(bundle, prompt_ids, continuation_ids, stop)
+    scored = list(continuation_ids[: len(logits)])
+    picked = logits.log_softmax(-1).gather(1, torch.tensor(scored, device=logits.device)[:, None])
+    text = bundle.tokenizer.decode(scored, skip_special_tokens=True)
+    return Score(float(-picked.sum()), len(scored), len(text.encode()))
+
+
+def score_text(bundle: Bundle, text: str, max_tokens: int = 1024, exempt: int = EXEMPT_POSITIONS) -> Score:
+    """Score a text token by token as decode would; the first `exempt` positions are prefilled and not counted."""
+    ids = bundle.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    start = bundle.tokenizer.bos_token_id
+    ids = ([start] if start is not None else []) + ids[: max_tokens - 1]
+    exempt = max(1, exempt)
+    return score_continuation(bundle, ids[:exempt], ids[exempt:])
+
+
+def agreement(reference: Sequence[int], candidate: Sequence[int]) -> tuple[int, float | None]:
+    """Tokens two answers share before they part, and that as a share of the longer one; None when both are empty."""
+    shared = 0
+    for a, b in zip(reference, candidate, strict=False):
+        if a != b:
+            break
+        shared += 1
+    longest = max(len(reference), len(candidate))
+    return shared, (shared / longest if longest else None)
+
+
+def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+    """Confidence interval of a share (Wilson 1927); 95 % for z = 1.96.
+
+    Raises:
+        InvalidRequest: no trials.
+    """
+    if trials < 1:
+        raise InvalidRequest("An interval needs at least one trial.")
+    share, scale = successes / trials, 1 + z * z / trials
+    centre = (share + z * z / (2 * trials)) / scale
+    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials)) / scale
+    return max(0.0, centre - half), min(1.0, centre + half)

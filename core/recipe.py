@@ -1,0 +1,49 @@
+"""A combination of techniques as one small JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from core.errors import InvalidRequest
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model and the techniques to put on it, in order; `prepared` maps a technique's name to its safetensors file."""
+
+    model_id: str
+    revision: str | None = None
+    techniques: tuple[Mapping[str, Any], ...] = ()  # {"name": ..., **settings}
+    prepared: Mapping[str, str] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write the recipe; the old file stays whole until the new one is."""
+        fresh = path.with_suffix(path.suffix + ".new")
+        fresh.write_text(json.dumps({"schema": SCHEMA_VERSION, **asdict(self)}, indent=1))
+        os.replace(fresh, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Recipe:
+        """Read a recipe.
+
+        Raises:
+            InvalidRequest: not JSON, another schema, or fields missing.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InvalidRequest(f"The recipe {path} cannot be read: {error.strerror}.") from error
+        except json.JSONDecodeError as error:
+            raise InvalidRequest(f"The recipe {path.name} is not JSON: line {error.lineno}, {error.msg}.") from error
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA_VERSION:
+            raise InvalidRequest(f"{path.name} is not a recipe of schema {SCHEMA_VERSION}.")
+        if not isinstance(data.get("model_id"), str) or not all(isinstance(t, dict) and "name" in t for t in data.get("techniques", [])):
+            raise InvalidRequest(f"{path.name} lacks model_id, or a technique without a name.")
+        return cls(data["model_id"], data.get("revision"), tuple(data.get("techniques", ())), data.get("prepared", {}))

@@ -1,0 +1,59 @@
+"""The only three ways to change a bundle: swap a module, add a hook, set an attribute. All are undone exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+_ABSENT = object()
+
+
+class Edits:
+    """A journal of changes. `undo()` restores saved references, last change first; calling it again does nothing."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+        self.replaced: list[nn.Module] = []
+        """Modules that were swapped out and are kept so that undo is exact."""
+
+    def swap_module(self, root: nn.Module, path: str, new: nn.Module) -> None:
+        """Put `new` at the dotted `path` below `root`."""
+        parent_path, _, name = path.rpartition(".")
+        parent = root.get_submodule(parent_path)
+        old = parent.get_submodule(name)
+        new.train(old.training)
+        self._set_child(parent, name, new)
+        self.replaced.append(old)
+        self._undo.append(lambda: self._set_child(parent, name, old))
+
+    def add_hook(self, register: Callable[..., Any], hook: Callable[..., Any], **kwargs: Any) -> None:
+        """Register a hook, e.g. `add_hook(module.register_forward_pre_hook, fn)`."""
+        handle = register(hook, **kwargs)
+        self._undo.append(handle.remove)
+
+    def set_attr(self, owner: Any, name: str, value: Any) -> None:
+        """Set an attribute of any object, a parameter of a module included."""
+        table = vars(owner)
+        for store in ("_parameters", "_buffers", "_modules"):
+            if isinstance(owner, nn.Module) and name in getattr(owner, store):
+                table = getattr(owner, store)
+        old = table.get(name, _ABSENT)
+        if old is _ABSENT:
+            setattr(owner, name, value)
+            self._undo.append(lambda: delattr(owner, name))
+        else:
+            table[name] = value
+            self._undo.append(lambda: table.__setitem__(name, old))
+
+    def undo(self) -> None:
+        """Take every change back, last one first."""
+        while self._undo:
+            self._undo.pop()()
+        self.replaced.clear()
+
+    @staticmethod
+    def _set_child(parent: nn.Module, name: str, child: nn.Module) -> None:
+        # Straight into the table keeps the children's order, which names and state dicts follow.
+        parent._modules[name] = child

@@ -1,0 +1,212 @@
+"""One question to several engines side by side: streaming, one after the other, each column's failure its own."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from core.errors import FuseboxError, InvalidRequest
+from core.evaluation import agreement, score_continuation
+from core.progress import Stop
+from core.technique import Technique
+from engines.engine import Answer, Engine
+from engines.gate import DeviceGate
+from engines.methods import BASELINE, parse_method
+from engines.pool import AUTO, EnginePool, check_dtype
+from engines.prompting import Message, clean_message
+from engines.sampling import Sampling
+
+log = logging.getLogger(__name__)
+
+MAX_COLUMNS = 16
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """One question to one model under several methods.
+
+    histories: column -> the conversation before this question; a column without one starts afresh.
+    reverse: run the columns last to first, so that over turns no method always goes first.
+    at_once: run them together; times are then marked as not comparable.
+    """
+
+    message: str
+    methods: tuple[str, ...]
+    model_id: str = "embedded"
+    revision: str | None = None
+    dtype: str = AUTO
+    system: str = ""
+    sampling: Sampling = field(default_factory=Sampling)
+    histories: Mapping[str, Sequence[Message]] = field(default_factory=dict)
+    reverse: bool = False
+    at_once: bool = False
+    score: bool = True
+
+
+@dataclass(frozen=True)
+class ColumnStatus:
+    """A column waits, loads or is being scored; `text` says which."""
+
+    column: str
+    text: str
+
+
+@dataclass(frozen=True)
+class ColumnText:
+    """A piece of a column's answer."""
+
+    column: str
+    text: str
+
+
+@dataclass(frozen=True)
+class ColumnDone:
+    """A column's answer with its metrics; sent again when quality figures have been added."""
+
+    column: str
+    answer: Answer
+
+
+@dataclass(frozen=True)
+class ColumnFailed:
+    """A column ended with an error in words; the other columns go on."""
+
+    column: str
+    message: str
+
+
+ChatEvent = ColumnStatus | ColumnText | ColumnDone | ColumnFailed
+Emit = Callable[[ChatEvent], None]
+
+
+class ChatService:
+    """Chats over a pool of engines; the gate lets one request at a time onto the device."""
+
+    def __init__(self, pool: EnginePool, gate: DeviceGate | None = None) -> None:
+        self.pool = pool
+        self.gate = gate or DeviceGate()
+
+    def stream(self, request: ChatRequest, stop: Stop | None = None) -> Iterator[ChatEvent]:
+        """Events of all columns as they happen. Closing the iterator stops the engines at their next token.
+
+        Raises:
+            InvalidRequest: the request as a whole is unusable; a single bad column yields ColumnFailed instead.
+        """
+        checked = replace(request, message=clean_message(request.message), methods=_columns(request.methods), dtype=check_dtype(request.dtype))
+        return self._events(checked, stop or Stop())
+
+    def _events(self, request: ChatRequest, stop: Stop) -> Iterator[ChatEvent]:
+        events: queue.Queue[ChatEvent | None] = queue.Queue()
+
+        def work() -> None:
+            try:
+                self._run(request, stop, events.put)
+            finally:
+                events.put(None)
+
+        thread = threading.Thread(target=work, name="engine", daemon=True)
+        thread.start()
+        try:
+            while (event := events.get()) is not None:
+                yield event
+        finally:
+            stop.request()
+            thread.join()
+
+    def _run(self, request: ChatRequest, stop: Stop, emit: Emit) -> None:
+        columns = list(reversed(request.methods)) if request.reverse else list(request.methods)
+        for column in columns:
+            emit(ColumnStatus(column, "waiting"))
+        done: dict[str, tuple[Engine, Answer]] = {}
+        try:
+            with self.gate.hold(stop) as held:
+                if held:
+                    self._answer_all(request, columns, stop, emit, done)
+                    if request.score and not stop.requested:
+                        _add_quality(done, stop, emit)
+        except FuseboxError as error:
+            for column in columns:
+                emit(ColumnFailed(column, str(error)))
+            return
+        for column in columns:
+            if not held:
+                emit(ColumnFailed(column, "Stopped while waiting for the engine."))
+
+    def _answer_all(self, request: ChatRequest, columns: Sequence[str], stop: Stop, emit: Emit, done: dict[str, tuple[Engine, Answer]]) -> None:
+        if not request.at_once:
+            for column in columns:
+                self._answer_one(request, column, stop, emit, done)
+            return
+        threads = [threading.Thread(target=self._answer_one, args=(request, c, stop, emit, done), name=f"engine {c}") for c in columns]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _answer_one(self, request: ChatRequest, column: str, stop: Stop, emit: Emit, done: dict[str, tuple[Engine, Answer]]) -> None:
+        if stop.requested:
+            emit(ColumnFailed(column, "Stopped before this column began."))
+            return
+        try:
+            techniques: tuple[Technique, ...] = parse_method(column)
+            engine = self.pool.get(request.model_id, techniques, revision=request.revision, dtype=request.dtype,
+                                   progress=lambda _, text: emit(ColumnStatus(column, text)))
+            emit(ColumnStatus(column, "answering"))
+            answer = engine.answer(_conversation(request, column), request.sampling, stop, lambda text: emit(ColumnText(column, text)))
+        except FuseboxError as error:
+            emit(ColumnFailed(column, str(error)))
+        except MemoryError:
+            emit(ColumnFailed(column, "Memory ran out while answering. Unload a model or shorten the prompt."))
+        except Exception as error:  # a column's crash must not take the others with it; the log has the trace
+            log.exception("column %s failed", column)
+            emit(ColumnFailed(column, f"The engine failed ({type(error).__name__}: {str(error)[:200]}). The next request starts afresh."))
+        else:
+            if request.at_once and len(request.methods) > 1:
+                answer = replace(answer, metrics=replace(answer.metrics, times_comparable=False, peak_rss_bytes=None))
+            done[column] = (engine, answer)
+            emit(ColumnDone(column, answer))
+
+
+def _columns(methods: Sequence[str]) -> tuple[str, ...]:
+    columns = tuple(dict.fromkeys(m.strip() if isinstance(m, str) else m for m in methods))
+    if not columns:
+        raise InvalidRequest("No method is chosen. Name at least one, for example baseline.")
+    if len(columns) > MAX_COLUMNS:
+        raise InvalidRequest(f"{len(columns)} methods are asked for; at most {MAX_COLUMNS} at once.")
+    return columns
+
+
+def _conversation(request: ChatRequest, column: str) -> list[Message]:
+    opening: list[Message] = [{"role": "system", "content": request.system}] if request.system.strip() else []
+    return [*opening, *request.histories.get(column, ()), {"role": "user", "content": request.message}]
+
+
+def _add_quality(done: dict[str, tuple[Engine, Answer]], stop: Stop, emit: Emit) -> None:
+    """Score the baseline's answer under every engine, and compare the answers' tokens; needs a baseline column."""
+    if BASELINE not in done or not done[BASELINE][1].token_ids:
+        return
+    reference = done[BASELINE][1].token_ids
+    for column, (engine, answer) in done.items():
+        emit(ColumnStatus(column, "scoring"))
+        score = score_continuation(engine.bundle, answer.prompt.ids, reference, stop)
+        if stop.requested:
+            return
+        shared, share = agreement(reference, answer.token_ids)
+        scored = replace(answer.metrics, baseline_answer_bits_per_byte=score.bits_per_byte, agreement_tokens=shared, agreement_share=share)
+        done[column] = (engine, replace(answer, metrics=scored))
+        emit(ColumnDone(column, done[column][1]))
+
+
+def collect(events: Iterator[ChatEvent]) -> tuple[dict[str, Answer], dict[str, str]]:
+    """Run a stream to its end: answers by column, and errors by column."""
+    answers: dict[str, Answer] = {}
+    errors: dict[str, str] = {}
+    for event in events:
+        if isinstance(event, ColumnDone):
+            answers[event.column] = event.answer
+        elif isinstance(event, ColumnFailed):
+            errors[event.column] = event.message
+    return answers, errors

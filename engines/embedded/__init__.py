@@ -1,0 +1,1 @@
+"""How the models that ship with Fusebox are made: tokenizer, backbone, chat tuning, their evaluation and cards."""

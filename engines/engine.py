@@ -1,0 +1,135 @@
+"""An engine: a bundle with techniques applied once, at construction, and never changed again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from core.bundle import Bundle, storage_bytes, tensors_of, weight_bytes
+from core.compatibility import ordered
+from core.memory import peak_resident_bytes, reset_peak
+from core.progress import Progress, Stop, silent
+from core.technique import Applied, Report, Technique
+from engines.generation import Finished, Prefilled, TokenDecoded, generate
+from engines.methods import method_name
+from engines.metrics import GIB, ChatMetrics, Timing, timing_metrics
+from engines.prompting import Message, Prompt, build_prompt, check_context
+from engines.sampling import Sampling
+from engines.text_stream import TextStream
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer of one engine. `gaps_s` are the times between tokens, for the latency chart."""
+
+    method: str
+    text: str
+    token_ids: tuple[int, ...]
+    prompt: Prompt
+    gaps_s: tuple[float, ...]
+    metrics: ChatMetrics
+    reports: tuple[Report, ...]
+
+
+class Engine:
+    """Runs one bundle. Not for two threads at once: callers hold the device's gate."""
+
+    def __init__(self, bundle: Bundle, applied: Sequence[Applied] = (), techniques: Sequence[Technique] = ()) -> None:
+        self.bundle = bundle
+        self.techniques = tuple(techniques)
+        self.method = method_name(self.techniques)
+        self.reports = tuple(a.report for a in applied)
+        self._applied = tuple(applied)
+        self.weights = weight_bytes(bundle, (a.edits for a in applied), (m for a in applied for m in a.packed))
+
+    def storages(self) -> dict[int, int]:
+        """Bytes by address of every weight this engine keeps alive, originals for undo included."""
+        kept = [m for a in self._applied for m in a.edits.replaced]
+        return storage_bytes(tensors_of([self.bundle.model, *kept]))
+
+    def answer(self, messages: Sequence[Message], sampling: Sampling, stop: Stop, on_text: Callable[[str], None]) -> Answer:
+        """Answer a conversation that ends with the user's turn.
+
+        Args:
+            on_text: called with each piece of text as it comes, in this thread.
+            stop: polled at every token and prefill chunk.
+
+        Raises:
+            PromptTooLong: with the numbers.
+            InvalidRequest: the conversation cannot be rendered.
+        """
+        peak_counts = reset_peak()
+        began = time.perf_counter()
+        prompt = build_prompt(self.bundle, messages)
+        check_context(self.bundle, len(prompt.ids), sampling.max_new_tokens)
+        stream, pieces, tokens, times = TextStream(self.bundle.tokenizer), [], [], []
+        prefilled, finished = None, Finished("stopped", None, None)
+        for event in generate(self.bundle, prompt.ids, sampling, stop):
+            if isinstance(event, TokenDecoded):
+                tokens.append(event.token)
+                times.append(event.at_s)
+                pieces.append(stream.push(event.token))
+                on_text(pieces[-1])
+            elif isinstance(event, Prefilled):
+                prefilled = event
+            else:
+                finished = event
+        pieces.append(stream.flush())
+        on_text(pieces[-1])
+        text = "".join(pieces)
+        timing = None
+        if prefilled is not None:
+            timing = Timing(began, prefilled.began_s, prefilled.ended_s, tuple(times))
+        metrics = self._metrics(prompt, text, timing, finished, len(tokens), peak_resident_bytes() if peak_counts else None)
+        return Answer(self.method, text, tuple(tokens), prompt, timing.gaps_s if timing else (), metrics, self.reports)
+
+    def _metrics(self, prompt: Prompt, text: str, timing: Timing | None, finished: Finished, tokens: int, peak: int | None) -> ChatMetrics:
+        metrics = ChatMetrics(
+            prompt_tokens=len(prompt.ids),
+            prompt_tokens_unfiltered=prompt.unfiltered_tokens,
+            output_tokens=tokens,
+            output_chars=len(text),
+            weights_in_use_bytes=self.weights.in_use,
+            weights_kept_for_undo_bytes=self.weights.kept_for_undo,
+            weights_packed_bytes=self.weights.packed,
+            kv_in_use_bytes=finished.kv_in_use_bytes,
+            kv_reserved_bytes=finished.kv_reserved_bytes,
+            peak_rss_bytes=peak,
+            finish_reason=finished.reason,
+            times_comparable=True,
+            dtype=self.bundle.info.dtype,
+        )
+        if timing is None:
+            return metrics
+        metrics = replace(metrics, **timing_metrics(timing, len(prompt.ids), len(text)))
+        if metrics.chars_s is None or finished.kv_in_use_bytes is None:
+            return metrics
+        return replace(metrics, chars_s_per_gib=metrics.chars_s * GIB / (self.weights.in_use + finished.kv_in_use_bytes))
+
+
+def baseline_engine(bundle: Bundle) -> Engine:
+    """The unmodified transformers model: sdpa attention, DynamicCache."""
+    return Engine(bundle)
+
+
+def fused_engine(base: Bundle, techniques: Sequence[Technique], progress: Progress = silent) -> Engine:
+    """A copy of `base` over the same tensors with techniques applied; `base` itself is left alone.
+
+    Raises:
+        IncompatibleTechniques, UnsupportedModel: before anything is changed.
+    """
+    chain = ordered(techniques)
+    bundle = base.clone()
+    applied: list[Applied] = []
+    try:
+        for place, technique in enumerate(chain):
+            progress(place / len(chain), f"applying {technique.title}")
+            technique.check(bundle)
+            applied.append(technique.apply(bundle, technique.prepare(bundle, progress=progress)))
+    except BaseException:
+        for done in reversed(applied):
+            done.undo()
+        raise
+    progress(1.0, "ready")
+    return Engine(bundle, applied, chain)

@@ -1,0 +1,89 @@
+"""Results as files: JSON that any parser takes, CSV that no spreadsheet evaluates."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from core.provenance import provenance
+from engines.chat import ChatRequest
+from engines.engine import Answer
+from engines.metrics import METRICS, ChatMetrics
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can hold it: enums by value, no NaN."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return value
+
+
+def answer_record(answer: Answer) -> dict[str, Any]:
+    """One answer with everything that was measured of it."""
+    return plain({
+        "method": answer.method,
+        "text": answer.text,
+        "metrics": asdict(answer.metrics),
+        "token_gaps_s": [round(g, 7) for g in answer.gaps_s],
+        "prompt": answer.prompt.text,
+        "reports": [asdict(r) for r in answer.reports],
+    })
+
+
+def chat_record(request: ChatRequest, answers: Mapping[str, Answer], errors: Mapping[str, str], model: Mapping[str, Any]) -> dict[str, Any]:
+    """A whole comparison: the request, each column's answer or error, units, and provenance."""
+    return plain({
+        "request": {**asdict(request), "methods": list(request.methods)},
+        "order": list(reversed(request.methods)) if request.reverse else list(request.methods),
+        "model": dict(model),
+        "answers": {column: answer_record(a) for column, a in answers.items()},
+        "errors": dict(errors),
+        "definitions": {name: {"definition": m["definition"], "unit": m["unit"]} for name, m in METRICS.items()},
+        "provenance": provenance(),
+    })
+
+
+def to_json(record: Mapping[str, Any]) -> str:
+    """Strict JSON text."""
+    return json.dumps(plain(record), indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def safe_cell(value: Any) -> Any:
+    """A CSV cell that spreadsheets show and do not run."""
+    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
+        return "'" + value
+    return value
+
+
+def to_csv(answers: Mapping[str, Answer], errors: Mapping[str, str]) -> str:
+    """One row a column of the comparison; empty cells were not measured."""
+    names = [f.name for f in fields(ChatMetrics)]
+    rows: list[Sequence[Any]] = [["method", "text", "error", *names]]
+    for column, answer in answers.items():
+        values = asdict(answer.metrics)
+        rows.append([column, answer.text, "", *("" if values[n] is None else values[n] for n in names)])
+    rows += [[column, "", message, *[""] * len(names)] for column, message in errors.items()]
+    text = io.StringIO()
+    csv.writer(text).writerows([[safe_cell(cell) for cell in row] for row in rows])
+    return text.getvalue()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a kill leaves the old one whole."""
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(text, encoding="utf-8")
+    os.replace(fresh, path)

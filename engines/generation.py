@@ -1,0 +1,108 @@
+"""The one generation loop: prefill, then decode, as events whose times are taken here, in the engine's thread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.bundle import Bundle
+from core.progress import Stop
+from engines.sampling import Sampler, Sampling
+
+PREFILL_CHUNK = 512
+"""Prompt tokens per forward call; Stop is looked at between two of them."""
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """The prompt is in the KV cache. Times are `time.perf_counter()` values."""
+
+    prompt_tokens: int
+    began_s: float
+    ended_s: float
+
+
+@dataclass(frozen=True)
+class TokenDecoded:
+    """One token was chosen at `at_s`."""
+
+    token: int
+    at_s: float
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The answer ended: `reason` is eos, length or stopped."""
+
+    reason: str
+    kv_in_use_bytes: int | None
+    kv_reserved_bytes: int | None
+
+
+GenerationEvent = Prefilled | TokenDecoded | Finished
+
+
+@torch.inference_mode()
+def prefill(bundle: Bundle, ids: Sequence[int], cache: Any, stop: Stop) -> Tensor | None:
+    """Put the prompt into the cache, chunk by chunk; the last position's logits [vocab_size], None when stopped."""
+    logits = None
+    for start in range(0, len(ids), PREFILL_CHUNK):
+        if stop.requested:
+            return None
+        chunk = torch.tensor([list(ids[start : start + PREFILL_CHUNK])], device=bundle.device)
+        logits = bundle.model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+    return logits
+
+
+@torch.inference_mode()
+def decode_one_token(bundle: Bundle, token: int, cache: Any) -> Tensor:
+    """One decode step: the logits [vocab_size] after `token`."""
+    ids = torch.tensor([[token]], device=bundle.device)
+    logits: Tensor = bundle.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+    return logits
+
+
+def end_tokens(bundle: Bundle) -> frozenset[int]:
+    """Token ids that end an answer."""
+    given = bundle.model.generation_config.eos_token_id
+    ids = set(given if isinstance(given, (list, tuple)) else [given]) | {bundle.tokenizer.eos_token_id}
+    return frozenset(int(i) for i in ids if i is not None)
+
+
+def generate(bundle: Bundle, prompt_ids: Sequence[int], sampling: Sampling, stop: Stop) -> Iterator[GenerationEvent]:
+    """Answer a prompt. The end token, where there is one, is not among the events."""
+    cache = bundle.cache_factory()
+    sampler = Sampler(sampling, prompt_ids, bundle.device)
+    ends = frozenset() if sampling.ignore_eos else end_tokens(bundle)
+    began = time.perf_counter()
+    logits = prefill(bundle, prompt_ids, cache, stop)
+    reason = "length"
+    if logits is None:
+        yield _finished("stopped", cache)
+        return
+    yield Prefilled(len(prompt_ids), began, time.perf_counter())
+    for index in range(sampling.max_new_tokens):
+        token = sampler.next_token(logits)
+        if token in ends:
+            reason = "eos"
+            break
+        yield TokenDecoded(token, time.perf_counter())
+        if stop.requested:
+            reason = "stopped"
+            break
+        if index + 1 < sampling.max_new_tokens:
+            logits = decode_one_token(bundle, token, cache)
+    yield _finished(reason, cache)
+
+
+def _finished(reason: str, cache: Any) -> Finished:
+    tensors = [t for layer in getattr(cache, "layers", ()) for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if isinstance(t, Tensor)]
+    if not tensors:
+        return Finished(reason, None, None)
+    reserved = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return Finished(reason, sum(t.numel() * t.element_size() for t in tensors), sum(reserved.values()))

@@ -1,0 +1,90 @@
+"""What is measured of one answer. `None` always means: not measured."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+
+def metric(definition: str, unit: str, better: str | None = None, title: str | None = None) -> Any:
+    """A metric's field: definition shown as tooltip, unit, and which direction is better (low, high, or neither)."""
+    return field(default=None, metadata={"definition": definition, "unit": unit, "better": better, "title": title})
+
+
+@dataclass(frozen=True)
+class ChatMetrics:
+    """Metrics of one answer of one engine; `None` is a figure that was not measured."""
+
+    ttft_s: float | None = metric("Time to first token: from the start of the engine's work (tokenising included) to the first token.", "s", "low", "Time to first token")
+    tpot_median_s: float | None = metric("Time per output token: median gap between two tokens, first token left out.", "s", "low", "Time per token, median")
+    tpot_p90_s: float | None = metric("90th percentile of the gaps between two tokens.", "s", "low", "Time per token, p90")
+    total_s: float | None = metric("From the start of the engine's work to the last token.", "s", "low", "Total time")
+    prefill_tok_s: float | None = metric("Prompt tokens / time of the prefill.", "tok/s", "high", "Prefill speed")
+    decode_tok_s: float | None = metric("(Output tokens - 1) / (last token - first token).", "tok/s", "high", "Decode speed")
+    chars_s: float | None = metric("Characters of the answer / total time.", "chars/s", "high", "Characters per second")
+    prompt_tokens: int | None = metric("Tokens the model was given, template included.", "tok", "low", "Prompt tokens")
+    prompt_tokens_unfiltered: int | None = metric("Tokens the same prompt has before prompt techniques.", "tok", None, "Prompt tokens before filters")
+    output_tokens: int | None = metric("Tokens of the answer.", "tok", None, "Output tokens")
+    output_chars: int | None = metric("Characters of the answer.", "chars", None, "Output characters")
+    weights_in_use_bytes: int | None = metric("Bytes of the weights this engine reads, tied and shared ones counted once.", "bytes", "low", "Weights in use")
+    weights_kept_for_undo_bytes: int | None = metric("Original weights held only so that techniques can be undone.", "bytes", None, "Weights kept for undo")
+    weights_packed_bytes: int | None = metric("The part of the weights in use that a technique stores in a smaller form.", "bytes", None, "Weights packed")
+    kv_in_use_bytes: int | None = metric("Keys and values of the tokens in the cache.", "bytes", "low", "KV cache in use")
+    kv_reserved_bytes: int | None = metric("Memory allocated for the cache.", "bytes", "low", "KV cache reserved")
+    peak_rss_bytes: int | None = metric("Highest resident memory of the whole process during this answer, all loaded engines included.", "bytes", "low", "Peak resident memory")
+    chars_s_per_gib: float | None = metric("Characters per second / GiB of (weights in use + KV cache in use).", "chars/s/GiB", "high", "Characters per second per GiB")
+    baseline_answer_bits_per_byte: float | None = metric("Bits per byte of the baseline's answer under this engine, scored token by token as decode runs.", "bits/byte", "low", "Bits per byte of the baseline's answer")
+    agreement_tokens: int | None = metric("Tokens shared with the baseline's answer before the first difference.", "tok", "high", "Tokens until divergence")
+    agreement_share: float | None = metric("Shared tokens / tokens of the longer answer.", "share", "high", "Agreement with the baseline")
+    finish_reason: str | None = metric("eos: the model ended; length: max_new_tokens reached; stopped: Stop was pressed.", "", None, "Ended by")
+    times_comparable: bool | None = metric("False when several engines ran at once and shared the cores.", "", None, "Times comparable")
+    dtype: str | None = metric("Number format of the unpacked weights.", "", None, "Weights' dtype")
+
+
+METRICS = {f.name: f.metadata for f in fields(ChatMetrics)}
+GIB = 2**30
+
+
+def percentile(values: Sequence[float], fraction: float) -> float | None:
+    """Linear-interpolated percentile; None for no values."""
+    if not values:
+        return None
+    ranked = sorted(values)
+    place = fraction * (len(ranked) - 1)
+    low = int(place)
+    high = min(low + 1, len(ranked) - 1)
+    return ranked[low] + (ranked[high] - ranked[low]) * (place - low)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of one answer in seconds of one clock: `began`, when prefill started and ended, and when each token came."""
+
+    began_s: float
+    prefill_began_s: float
+    prefill_ended_s: float
+    token_at_s: tuple[float, ...]
+
+    @property
+    def gaps_s(self) -> tuple[float, ...]:
+        """Time between neighbouring tokens."""
+        return tuple(b - a for a, b in zip(self.token_at_s, self.token_at_s[1:], strict=False))
+
+
+def timing_metrics(timing: Timing, prompt_tokens: int, output_chars: int) -> dict[str, float | None]:
+    """The time metrics that `timing` supports; one-token and empty answers leave the rest unmeasured."""
+    tokens, gaps = timing.token_at_s, timing.gaps_s
+    prefill_s = timing.prefill_ended_s - timing.prefill_began_s
+    total = tokens[-1] - timing.began_s if tokens else None
+    decode_s = tokens[-1] - tokens[0] if len(tokens) > 1 else 0.0
+    return {
+        "ttft_s": tokens[0] - timing.began_s if tokens else None,
+        "tpot_median_s": statistics.median(gaps) if gaps else None,
+        "tpot_p90_s": percentile(gaps, 0.9),
+        "total_s": total,
+        "prefill_tok_s": prompt_tokens / prefill_s if prefill_s > 0 else None,
+        "decode_tok_s": (len(tokens) - 1) / decode_s if decode_s > 0 else None,
+        "chars_s": output_chars / total if total else None,
+    }

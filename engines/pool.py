@@ -1,0 +1,131 @@
+"""Engines by (model, revision, dtype, techniques): built once, never changed, dropped least recently used first."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import psutil
+
+from core.bundle import Bundle
+from core.errors import InvalidRequest
+from core.loading import load_bundle
+from core.progress import Progress, silent
+from core.provenance import cpu_name
+from core.technique import Technique
+from engines.dtype_choice import DtypeChoice, faster_dtype
+from engines.engine import Engine, baseline_engine, fused_engine
+from engines.methods import method_name
+
+log = logging.getLogger(__name__)
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class EngineKey:
+    """What makes an engine. `dtype` is auto, float32 or bfloat16; `method` spells the techniques."""
+
+    model_id: str
+    revision: str | None
+    dtype: str
+    method: str
+
+
+class EnginePool:
+    """Owns engines within a byte budget. Safe to use from several threads."""
+
+    def __init__(self, budget_bytes: int | None = None, device: str = "cpu", allow_local: bool = True) -> None:
+        self.budget_bytes = budget_bytes or int(psutil.virtual_memory().total * 0.6)
+        self.device = device
+        self.allow_local = allow_local
+        self._engines: OrderedDict[EngineKey, Engine] = OrderedDict()
+        self._choices: dict[EngineKey, DtypeChoice] = {}
+        self._lock = threading.RLock()
+        self._building = threading.Lock()
+
+    def get(self, model_id: str, techniques: tuple[Technique, ...] = (), *, revision: str | None = None,
+            dtype: str = AUTO, progress: Progress = silent) -> Engine:
+        """The engine for a model and techniques, built now if it is not there.
+
+        Raises:
+            what `load_bundle` and the techniques raise; the pool is as before then.
+        """
+        key = EngineKey(model_id, revision, dtype, method_name(techniques))
+        found = self._find(key)
+        if found is not None:
+            return found
+        with self._building:  # one build at a time: two would fight for memory and cores
+            found = self._find(key)
+            if found is not None:
+                return found
+            base_key = EngineKey(model_id, revision, dtype, method_name(()))
+            base = self._find(base_key) or self._add(base_key, baseline_engine(self._load(base_key, progress)))
+            if key == base_key:
+                return base
+            return self._add(key, fused_engine(base.bundle, techniques, progress))
+
+    def dtype_choice(self, model_id: str, *, revision: str | None = None, dtype: str = AUTO) -> DtypeChoice | None:
+        """How the baseline's dtype was chosen; None when it was asked for, or the model is not loaded."""
+        return self._choices.get(EngineKey(model_id, revision, dtype, method_name(())))
+
+    def unload(self, model_id: str | None = None) -> int:
+        """Drop the engines of a model, or all; returns how many. Running answers finish on what they hold."""
+        with self._lock:
+            keys = [k for k in self._engines if model_id in (None, k.model_id)]
+            for key in keys:
+                del self._engines[key]
+        gc.collect()
+        return len(keys)
+
+    def keys(self) -> list[EngineKey]:
+        """What is loaded, least recently used first."""
+        with self._lock:
+            return list(self._engines)
+
+    def held_bytes(self) -> int:
+        """Bytes of all weights the pool keeps alive; tensors that engines share count once."""
+        with self._lock:
+            sizes: dict[int, int] = {}
+            for engine in self._engines.values():
+                sizes.update(engine.storages())
+            return sum(sizes.values())
+
+    def _find(self, key: EngineKey) -> Engine | None:
+        with self._lock:
+            if key in self._engines:
+                self._engines.move_to_end(key)
+            return self._engines.get(key)
+
+    def _load(self, key: EngineKey, progress: Progress) -> Bundle:
+        if key.dtype != AUTO:
+            return load_bundle(key.model_id, revision=key.revision, dtype=key.dtype, device=self.device,
+                               allow_local=self.allow_local, progress=progress)
+        bundle = load_bundle(key.model_id, revision=key.revision, device=self.device, allow_local=self.allow_local, progress=progress)
+        progress(0.95, "timing fp32 against bf16")
+        bundle, self._choices[key] = faster_dtype(bundle)
+        log.info("%s on %s: %s", key.model_id, cpu_name(), self._choices[key].reason)
+        return bundle
+
+    def _add(self, key: EngineKey, engine: Engine) -> Engine:
+        with self._lock:
+            self._engines[key] = engine
+            while len(self._engines) > 1 and self.held_bytes() > self.budget_bytes:
+                dropped, _ = self._engines.popitem(last=False)
+                log.info("dropped %s to stay within %d bytes", dropped, self.budget_bytes)
+        gc.collect()
+        return engine
+
+
+def check_dtype(dtype: object) -> str:
+    """A dtype setting from outside, checked.
+
+    Raises:
+        InvalidRequest: not auto, float32 or bfloat16.
+    """
+    if dtype not in (AUTO, "float32", "bfloat16"):
+        raise InvalidRequest(f"dtype is {str(dtype)[:30]!r}; use auto, float32 or bfloat16.")
+    return str(dtype)

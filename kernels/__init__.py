@@ -1,0 +1,1 @@
+"""Tensor operations and KV memory that several techniques share."""

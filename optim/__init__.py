@@ -1,0 +1,1 @@
+"""Techniques that act when a model runs; weights keep their meaning."""

@@ -1,0 +1,1 @@
+"""Word removal: shorter prompts by leaving out every n-th word."""
