@@ -50,7 +50,7 @@ class Bundle:
     @property
     def device(self) -> torch.device:
         """The device the model's input goes to."""
-        return self.model.get_input_embeddings().weight.device
+        return next(self.model.get_input_embeddings().parameters()).device
 
     @property
     def context_length(self) -> int:

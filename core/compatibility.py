@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from core.errors import IncompatibleTechniques
 from core.technique import Technique
@@ -20,7 +21,7 @@ def ordered(techniques: Sequence[Technique]) -> tuple[Technique, ...]:
         IncompatibleTechniques: one is given twice, or two exclude each other.
     """
     chosen = sorted(techniques, key=lambda t: (t.stage, t.name))
-    for first, second in zip(chosen, chosen[1:], strict=False):
+    for first, second in pairwise(chosen):
         if first.name == second.name:
             raise IncompatibleTechniques(f"{first.name} is given twice. Keep one of them.")
     for i, first in enumerate(chosen):

@@ -77,7 +77,7 @@ def score_continuation(bundle: Bundle, prompt_ids: Sequence[int], continuation_i
     logits = decode_logits(bundle, prompt_ids, continuation_ids, stop)
     scored = list(continuation_ids[: len(logits)])
     picked = logits.log_softmax(-1).gather(1, torch.tensor(scored, device=logits.device)[:, None])
-    text = bundle.tokenizer.decode(scored, skip_special_tokens=True)
+    text = str(bundle.tokenizer.decode(scored, skip_special_tokens=True))
     return Score(float(-picked.sum()), len(scored), len(text.encode()))
 
 

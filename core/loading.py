@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,7 +40,7 @@ def _find(model_id: str, revision: str | None, progress: Progress, allow_local: 
     embedded = embedded_models()
     if model_id in embedded:
         return embedded[model_id], _content_hash(embedded[model_id]), "embedded"
-    if model_id.split("/")[0] == "embedded":
+    if model_id.split("/", maxsplit=1)[0] == "embedded":
         raise ModelNotFound(f"There is no embedded model {model_id!r}; there are: {', '.join(embedded) or 'none'}.")
     folder = Path(model_id).expanduser()
     if allow_local and folder.is_dir():
@@ -77,7 +78,7 @@ def checkpoint_elements(folder: Path) -> int:
     for path in files:
         try:
             with safe_open(path, framework="pt") as tensors:
-                for name in tensors.keys():
+                for name in tensors.keys():  # noqa: SIM118 (not a mapping)
                     shape = tensors.get_slice(name).get_shape()
                     count += int(torch.Size(shape).numel())
         except (SafetensorError, OSError) as error:
@@ -131,10 +132,11 @@ def load_bundle(
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False,
             local_files_only=True, output_loading_info=True,
         )
+        model, info = loaded
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, json.JSONDecodeError, SafetensorError) as error:
         raise ModelLoadError(f"{model_id} cannot be loaded as a causal language model: {_first_line(error)}") from error
     _check_weights(model, model_id, set(info["missing_keys"]))
@@ -144,7 +146,7 @@ def load_bundle(
     return Bundle(model, tokenizer, ModelInfo(model_id, commit, dtype, source))
 
 
-def _plain_generation(model: nn.Module) -> GenerationConfig:
+def _plain_generation(model: Any) -> GenerationConfig:
     """Keep only the token ids of a checkpoint's generation settings: sampling comes from the request."""
     given = model.generation_config
     return GenerationConfig(bos_token_id=given.bos_token_id, eos_token_id=given.eos_token_id, pad_token_id=given.pad_token_id)

@@ -135,6 +135,67 @@ def _worth_going_on(evaluations: Sequence[tuple[int, float]], patience: int) -> 
     return patience == 0 or len(values) <= patience or min(values[-patience:]) < min(values[:-patience])
 
 
+class _Loop:
+    """One run: the accelerator's objects, the report, and when to save, show and stop."""
+
+    def __init__(self, model: nn.Module, plan: TrainingPlan, chosen: Sequence[nn.Parameter], matrices: Sequence[nn.Parameter]) -> None:
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        torch.manual_seed(plan.seed)
+        self.plan, self.chosen = plan, chosen
+        self.model, *self.optimizers = self.accelerator.prepare(model, *_optimizers(chosen, plan, matrices))
+        self.report = TrainingReport()
+        self._saved, self._shown = time.monotonic(), 0.0
+
+    def step(self, step: int, loss: Callable[[nn.Module, Any], Tensor], batch: Any) -> None:
+        """Forward, backward, update."""
+        for optimizer in self.optimizers:
+            is_muon = isinstance(optimizer.optimizer, torch.optim.Muon)
+            peak = (self.plan.muon_learning_rate or 0.0) if is_muon else self.plan.learning_rate
+            for group in optimizer.param_groups:
+                group["lr"] = peak * self.plan.rate(step)
+        with torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16, enabled=self.plan.bf16):
+            value = loss(self.model, batch)
+        if not torch.isfinite(value):
+            raise CalibrationError(f"The loss became {float(value)} at step {step}. Lower the learning rate or check the data for empty rows.")
+        self.accelerator.backward(value)
+        if self.plan.grad_clip:
+            self.accelerator.clip_grad_norm_(self.chosen, self.plan.grad_clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.report.losses.append((step, float(value.detach())))
+
+    def evaluate(self, done: int, evaluate: Callable[[nn.Module], float] | None) -> bool:
+        """Evaluate when it is time to; False when there is nothing to be gained from going on."""
+        if not (self.plan.evaluate_every and evaluate and done % self.plan.evaluate_every == 0):
+            return True
+        self.model.eval()
+        self.report.evaluations.append((done, evaluate(self.accelerator.unwrap_model(self.model))))
+        self.model.train()
+        return _worth_going_on(self.report.evaluations, self.plan.patience)
+
+    def show(self, done: int, seconds_a_step: float, progress: Progress) -> None:
+        """Report progress about once a second."""
+        if time.monotonic() - self._shown > 1 or done == self.plan.steps:
+            left = seconds_a_step * (self.plan.steps - done)
+            progress(done / self.plan.steps, f"step {done}/{self.plan.steps} loss {self.report.losses[-1][1]:.3f} {left:.0f} s left")
+            self._shown = time.monotonic()
+
+    def save_when_due(self, done: int, checkpoint: Path | None) -> None:
+        """Save every `plan.save_every_s`."""
+        if checkpoint and time.monotonic() - self._saved > self.plan.save_every_s:
+            _save(self.accelerator, checkpoint, done, self.report)
+            self._saved = time.monotonic()
+
+    def close(self, checkpoint: Path | None) -> None:
+        """Save the end and let go of the accelerator's objects."""
+        if checkpoint:
+            _save(self.accelerator, checkpoint, self.report.steps, self.report)
+        self.accelerator.wait_for_everyone()
+        self.model.eval()
+        self.accelerator.free_memory()
+
+
 def train(
     model: nn.Module,
     loss: Callable[[nn.Module, Any], Tensor],
@@ -151,9 +212,9 @@ def train(
     """Train `model` in place.
 
     Args:
-        model: left in training mode off (`eval()`) when done.
+        model: left in evaluation mode when done.
         loss: returns the scalar loss of one batch; called under autocast.
-        batch_at: see `BatchAt`; tensors are moved to the device by the caller's loss or lie there already.
+        batch_at: see `BatchAt`; the caller puts its tensors on the model's device.
         plan: steps, rates, schedule.
         parameters: what is trained; all that require a gradient when None.
         matrices: the hidden 2-D weights that Muon takes when `plan.muon_learning_rate` is set.
@@ -165,57 +226,24 @@ def train(
     Raises:
         CalibrationError: the loss is not finite.
     """
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    torch.manual_seed(plan.seed)
     chosen = [p for p in (parameters if parameters is not None else model.parameters()) if p.requires_grad]
-    optimizers = _optimizers(chosen, plan, matrices)
-    prepared, *prepared_optimizers = accelerator.prepare(model, *optimizers)
-    report = TrainingReport()
+    loop = _Loop(model, plan, chosen, matrices)
+    report, accelerator = loop.report, loop.accelerator
     first = _resume(accelerator, checkpoint, report) if checkpoint else 0
-    prepared.train()
-    began, before, saved, shown = time.perf_counter(), report.seconds, time.monotonic(), 0.0
-    step = first
+    loop.model.train()
+    began, before = time.perf_counter(), report.seconds
+    report.steps = first
     for step in range(first, plan.steps):
         if stop is not None and stop.requested:
             report.stopped = "stop requested"
             break
-        for optimizer in prepared_optimizers:
-            peak = plan.muon_learning_rate if isinstance(optimizer.optimizer, torch.optim.Muon) else plan.learning_rate
-            for group in optimizer.param_groups:
-                group["lr"] = peak * plan.rate(step)
-        with torch.autocast(accelerator.device.type, dtype=torch.bfloat16, enabled=plan.bf16):
-            value = loss(prepared, batch_at(step, accelerator.process_index, accelerator.num_processes))
-        if not torch.isfinite(value):
-            raise CalibrationError(f"The loss became {float(value)} at step {step}. Lower the learning rate or check the data for empty rows.")
-        accelerator.backward(value)
-        if plan.grad_clip:
-            accelerator.clip_grad_norm_(chosen, plan.grad_clip)
-        for optimizer in prepared_optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        report.losses.append((step, float(value.detach())))
+        loop.step(step, loss, batch_at(step, accelerator.process_index, accelerator.num_processes))
+        report.steps = step + 1
         report.seconds = before + time.perf_counter() - began
-        if plan.evaluate_every and evaluate and (step + 1) % plan.evaluate_every == 0:
-            prepared.eval()
-            report.evaluations.append((step + 1, evaluate(model)))
-            prepared.train()
-            if not _worth_going_on(report.evaluations, plan.patience):
-                report.stopped = "no improvement"
-                step += 1
-                break
-        if time.monotonic() - shown > 1:
-            left = (time.perf_counter() - began) / (step - first + 1) * (plan.steps - step - 1)
-            progress((step + 1) / plan.steps, f"step {step + 1}/{plan.steps} loss {report.losses[-1][1]:.3f} {left:.0f} s left")
-            shown = time.monotonic()
-        if checkpoint and time.monotonic() - saved > plan.save_every_s:
-            _save(accelerator, checkpoint, step + 1, report)
-            saved = time.monotonic()
-    else:
-        step = plan.steps
-    report.steps = step
-    if checkpoint:
-        _save(accelerator, checkpoint, step, report)
-    accelerator.wait_for_everyone()
-    model.eval()
-    accelerator.free_memory()
+        if not loop.evaluate(step + 1, evaluate):
+            report.stopped = "no improvement"
+            break
+        loop.show(step + 1, (time.perf_counter() - began) / (step + 1 - first), progress)
+        loop.save_when_due(step + 1, checkpoint)
+    loop.close(checkpoint)
     return report

@@ -6,22 +6,25 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 from core.errors import FuseboxError, InvalidRequest
 from core.evaluation import agreement, score_continuation
 from core.progress import Stop
 from core.technique import Technique
 from engines.engine import Answer, Engine
+from engines.figures import token_latency_figure
 from engines.gate import DeviceGate
 from engines.methods import BASELINE, parse_method
 from engines.pool import AUTO, EnginePool, check_dtype
 from engines.prompting import Message, clean_message
+from engines.result import Result
 from engines.sampling import Sampling
 
 log = logging.getLogger(__name__)
 
 MAX_COLUMNS = 16
+_TICK_S = 0.25
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,12 @@ class ColumnFailed:
     message: str
 
 
-ChatEvent = ColumnStatus | ColumnText | ColumnDone | ColumnFailed
+@dataclass(frozen=True)
+class Tick:
+    """Nothing new for a moment; lets a consumer notice that nobody listens any more."""
+
+
+ChatEvent = ColumnStatus | ColumnText | ColumnDone | ColumnFailed | Tick
 Emit = Callable[[ChatEvent], None]
 
 
@@ -110,7 +118,7 @@ class ChatService:
         thread = threading.Thread(target=work, name="engine", daemon=True)
         thread.start()
         try:
-            while (event := events.get()) is not None:
+            while (event := _next_event(events)) is not None:
                 yield event
         finally:
             stop.request()
@@ -170,6 +178,13 @@ class ChatService:
             emit(ColumnDone(column, answer))
 
 
+def _next_event(events: queue.Queue[ChatEvent | None]) -> ChatEvent | None:
+    try:
+        return events.get(timeout=_TICK_S)
+    except queue.Empty:
+        return Tick()
+
+
 def _columns(methods: Sequence[str]) -> tuple[str, ...]:
     columns = tuple(dict.fromkeys(m.strip() if isinstance(m, str) else m for m in methods))
     if not columns:
@@ -210,3 +225,13 @@ def collect(events: Iterator[ChatEvent]) -> tuple[dict[str, Answer], dict[str, s
         elif isinstance(event, ColumnFailed):
             errors[event.column] = event.message
     return answers, errors
+
+
+def result_of(answers: Mapping[str, Answer], errors: Mapping[str, str]) -> Result:
+    """Answers as the plain result that the page, the command line and the API share."""
+    return Result(
+        response={column: a.text for column, a in answers.items()},
+        metrics={column: asdict(a.metrics) for column, a in answers.items()},
+        figures={"token_latency": token_latency_figure({column: a.gaps_s for column, a in answers.items()})},
+        errors=dict(errors),
+    )

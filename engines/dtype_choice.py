@@ -7,8 +7,6 @@ import statistics
 import time
 from dataclasses import dataclass, replace
 
-import torch
-
 from core.bundle import Bundle
 from core.memory import available_bytes
 from core.progress import Stop
@@ -46,7 +44,7 @@ def faster_dtype(bundle: Bundle) -> tuple[Bundle, DtypeChoice]:
     need = sum(p.numel() * 2 for p in bundle.model.parameters())
     if need * 1.2 > available_bytes():
         return bundle, DtypeChoice(bundle.info.dtype, {bundle.info.dtype: None}, "no memory for a bf16 copy to compare with")
-    half = Bundle(copy.deepcopy(bundle.model).to(torch.bfloat16), bundle.tokenizer, replace(bundle.info, dtype="bfloat16"))
+    half = Bundle(copy.deepcopy(bundle.model).bfloat16(), bundle.tokenizer, replace(bundle.info, dtype="bfloat16"))
     times = {b.info.dtype: _step_time(b) for b in (bundle, half)}
     chosen = min((bundle, half), key=lambda b: times[b.info.dtype])
     slower = bundle if chosen is half else half

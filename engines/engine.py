@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from core.bundle import Bundle, storage_bytes, tensors_of, weight_bytes
 from core.compatibility import ordered
@@ -48,6 +49,12 @@ class Engine:
         kept = [m for a in self._applied for m in a.edits.replaced]
         return storage_bytes(tensors_of([self.bundle.model, *kept]))
 
+    def warm_up(self) -> None:
+        """Run a short prompt and a few steps, so that the first answer does not pay for one-time work."""
+        token = self.bundle.tokenizer.bos_token_id or 0
+        for _ in generate(self.bundle, [token] * 8, Sampling(max_new_tokens=3, ignore_eos=True), Stop()):
+            pass
+
     def answer(self, messages: Sequence[Message], sampling: Sampling, stop: Stop, on_text: Callable[[str], None]) -> Answer:
         """Answer a conversation that ends with the user's turn.
 
@@ -81,28 +88,28 @@ class Engine:
         timing = None
         if prefilled is not None:
             timing = Timing(began, prefilled.began_s, prefilled.ended_s, tuple(times))
-        metrics = self._metrics(prompt, text, timing, finished, len(tokens), peak_resident_bytes() if peak_counts else None)
+        metrics = self._metrics(prompt, text, timing, finished)
+        metrics = replace(metrics, output_tokens=len(tokens), peak_rss_bytes=peak_resident_bytes() if peak_counts else None)
         return Answer(self.method, text, tuple(tokens), prompt, timing.gaps_s if timing else (), metrics, self.reports)
 
-    def _metrics(self, prompt: Prompt, text: str, timing: Timing | None, finished: Finished, tokens: int, peak: int | None) -> ChatMetrics:
+    def _metrics(self, prompt: Prompt, text: str, timing: Timing | None, finished: Finished) -> ChatMetrics:
         metrics = ChatMetrics(
             prompt_tokens=len(prompt.ids),
             prompt_tokens_unfiltered=prompt.unfiltered_tokens,
-            output_tokens=tokens,
             output_chars=len(text),
             weights_in_use_bytes=self.weights.in_use,
             weights_kept_for_undo_bytes=self.weights.kept_for_undo,
             weights_packed_bytes=self.weights.packed,
             kv_in_use_bytes=finished.kv_in_use_bytes,
             kv_reserved_bytes=finished.kv_reserved_bytes,
-            peak_rss_bytes=peak,
             finish_reason=finished.reason,
             times_comparable=True,
             dtype=self.bundle.info.dtype,
         )
         if timing is None:
             return metrics
-        metrics = replace(metrics, **timing_metrics(timing, len(prompt.ids), len(text)))
+        times: dict[str, Any] = dict(timing_metrics(timing, len(prompt.ids), len(text)))
+        metrics = replace(metrics, **times)
         if metrics.chars_s is None or finished.kv_in_use_bytes is None:
             return metrics
         return replace(metrics, chars_s_per_gib=metrics.chars_s * GIB / (self.weights.in_use + finished.kv_in_use_bytes))

@@ -111,6 +111,7 @@ class EnginePool:
         return bundle
 
     def _add(self, key: EngineKey, engine: Engine) -> Engine:
+        engine.warm_up()
         with self._lock:
             self._engines[key] = engine
             while len(self._engines) > 1 and self.held_bytes() > self.budget_bytes:

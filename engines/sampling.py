@@ -67,7 +67,7 @@ def sampling_from(values: dict[str, Any]) -> Sampling:
     Raises:
         InvalidRequest: a value is out of range or of the wrong kind; names it.
     """
-    cleaned = {}
+    cleaned: dict[str, Any] = {}
     for name, value in values.items():
         if name not in Sampling.__dataclass_fields__:
             raise InvalidRequest(f"There is no sampling setting {str(name)[:40]!r}; there are {', '.join(Sampling.__dataclass_fields__)}.")
@@ -98,8 +98,8 @@ class Sampler:
         """The next token id from [vocab_size] logits."""
         scores = logits.float()[None]
         if self._processors:
-            seen = torch.tensor([self._seen], device=logits.device)
-            scores = self._processors(seen, scores)
+            seen: Any = torch.tensor([self._seen], device=logits.device)
+            scores = self._processors(seen, scores)  # type: ignore[arg-type]
         if self._sampling.temperature == 0:
             token = int(scores[0].argmax())
         else:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import Any
 
 from core.progress import Stop
 from engines.prompting import Message
@@ -13,17 +14,33 @@ from engines.prompting import Message
 
 @dataclass
 class Session:
-    """One visitor's chats. `histories` maps a column to its conversation; `stop` ends the request that runs."""
+    """One visitor's chats.
+
+    histories: column -> its conversation. turns: questions asked so far. stop: ends the request that runs.
+    record: the last comparison (request, answers, errors), for export.
+    """
 
     histories: dict[str, list[Message]] = field(default_factory=dict)
     turns: int = 0
     stop: Stop | None = None
+    record: Any = None
     used_s: float = 0.0
+
+    def begin(self) -> Stop:
+        """A fresh stop flag for a new request; one that still runs for this visitor is asked to end."""
+        self.halt()
+        self.stop = Stop()
+        return self.stop
 
     def halt(self) -> None:
         """Ask the running request, if any, to end at its next token."""
         if self.stop is not None:
             self.stop.request()
+
+    def abandon(self) -> None:
+        """End the running request and forget it: what it still brings is not added to the conversation."""
+        self.halt()
+        self.stop = None
 
 
 class SessionRegistry:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,9 @@ import bitsandbytes as bnb  # noqa: E402
 
 def linear_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight as [out_features, in_features] and bias of an nn.Linear or a transformers Conv1D."""
-    weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
-    return weight.detach(), None if layer.bias is None else layer.bias.detach()  # type: ignore[return-value]
+    weight: Any = layer.weight.T if isinstance(layer, Conv1D) else layer.weight  # type: ignore[operator]
+    bias: Any = layer.bias
+    return weight.detach(), None if bias is None else bias.detach()
 
 
 def int8_linear(layer: nn.Module, threshold: float) -> nn.Module:
@@ -50,11 +52,11 @@ def nf4_linear(layer: nn.Module, block_size: int, double_quant: bool) -> nn.Modu
     return new
 
 
-def fused_nf4_runs(layer: nn.Module, block_size: int) -> bool:
+def fused_nf4_runs(layer: Any, block_size: int) -> bool:
     """Whether bitsandbytes computes with the 4-bit codes on this CPU; else it unpacks the layer at each call."""
     out_features, in_features = layer.out_features, layer.in_features
     return bool(bnb.functional.has_avx512bf16()) and out_features % 32 == 0 and in_features % block_size == 0
 
 
-def _set_bias(layer: nn.Module, bias: Tensor | None) -> None:
+def _set_bias(layer: Any, bias: Tensor | None) -> None:
     layer.bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)

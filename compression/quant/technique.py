@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from core.bundle import Bundle, storage_bytes, tensors_of
@@ -17,9 +18,9 @@ from core.reversible import Edits
 from core.technique import Effect, Label, Prepared, Report, Stage, Technique, option
 
 
-def quantisable_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def quantisable_layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     """Linear layers by path, first to last; the output head is not among them."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head = model.get_output_embeddings()
     for path, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)) and module is not head:
             yield path, module
@@ -38,7 +39,7 @@ class _BitsAndBytes(Technique):
         Raises:
             UnsupportedModel: nothing to quantise.
         """
-        if not any(layer.weight.is_floating_point() for _, layer in quantisable_layers(bundle.model)):
+        if not any(next(layer.parameters()).is_floating_point() for _, layer in quantisable_layers(bundle.model)):
             raise UnsupportedModel(f"{self.name}: {bundle.info.model_id} has no full-precision linear layer to quantise.")
 
     def _apply(self, bundle: Bundle, prepared: Prepared, edits: Edits) -> tuple[Report, tuple[nn.Module, ...]]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,7 +95,7 @@ def encode_documents(documents: list[Document], tokenizer: PreTrainedTokenizerBa
 
 def causal_lm_loss(model: nn.Module, tokens: Tensor) -> Tensor:
     """Mean next-token cross-entropy of [B, T] token ids, in nats, without holding the logits."""
-    base = model.module if hasattr(model, "module") else model
+    base: Any = getattr(model, "module", model)
     hidden = base.model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]
     return linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), base.lm_head.weight, tokens[:, 1:].reshape(-1))
 
@@ -158,5 +159,5 @@ def train_backbone(
         progress=progress,
         stop=stop,
     )
-    model.to(torch.bfloat16).save_pretrained(output)
+    model.bfloat16().save_pretrained(output)
     return report

@@ -6,9 +6,9 @@ import re
 from dataclasses import dataclass
 
 NEGATIONS = frozenset(
-    "no not never none nothing nobody nowhere neither nor without cannot except unless hardly barely seldom rarely".split()
+    ["no", "not", "never", "none", "nothing", "nobody", "nowhere", "neither", "nor", "without", "cannot", "except", "unless", "hardly", "barely", "seldom", "rarely"]
 )
-ABBREVIATIONS = frozenset("mr. mrs. ms. dr. prof. st. vs. e.g. i.e. etc. fig. no. cf. al. jr. sr.".split())
+ABBREVIATIONS = frozenset(["mr.", "mrs.", "ms.", "dr.", "prof.", "st.", "vs.", "e.g.", "i.e.", "etc.", "fig.", "no.", "cf.", "al.", "jr.", "sr."])
 _SENTENCE_END = re.compile(r"[.!?:;\u2026\u3002\uff01\uff1f][\"')\]\u201d\u2019]*$")
 _EDGES = re.compile(r"^([^\w]*)(.*?)([^\w]*)$", re.DOTALL)
 _PIECES = re.compile(r"\S+|\s+")

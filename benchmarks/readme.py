@@ -1,0 +1,86 @@
+"""Tables of the README from result files: `python -m benchmarks.readme` writes them, `--check` fails when they are stale."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from engines.metric_text import format_metric
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+_COLUMNS = ("decode_tok_s", "ttft_s", "weights_in_use_bytes", "kv_in_use_bytes", "baseline_answer_bits_per_byte", "agreement_share")
+_HEADINGS = ("method", "label", "decode (p10 to p90)", "first token", "weights in use", "KV in use", "bits/byte of the baseline's answers", "agreement")
+
+
+def chat_table(data: dict[str, Any]) -> str:
+    """One row a method, baseline first; medians over the questions."""
+    lines = ["| " + " | ".join(_HEADINGS) + " |", "|" + " --- |" * len(_HEADINGS)]
+    for row in data["rows"]:
+        if row.get("error"):
+            lines.append(f"| `{row['method']}` | | {row['error']} |" + " |" * (len(_HEADINGS) - 3))
+            continue
+        cells = {name: format_metric(name, row["median"][name]) for name in _COLUMNS}
+        cells["decode_tok_s"] += f" ({row['decode_tok_s_p10']:.0f} to {row['decode_tok_s_p90']:.0f})"
+        lines.append(f"| `{row['method']}` | {row['label'] or 'reference'} | " + " | ".join(cells.values()) + " |")
+    where, packages = data["provenance"], data["provenance"]["packages"]
+    model = data["model"]
+    lines += ["", f"Medians of {data['answers_per_method']} answers of {data['new_tokens']} tokens each, ABBA order, {model['model_id']} "
+              f"(revision {model['revision']}), baseline in {model['dtype']}: {model['dtype_reason']}. {where['cpu']}, {where['threads']} threads, "
+              f"torch {packages['torch']}, transformers {packages['transformers']}, {data['date']}, `make bench`."]
+    return "\n".join(lines)
+
+
+def model_card_table(data: dict[str, Any]) -> str:
+    """The embedded chat model's figures."""
+    def share(part: dict[str, Any]) -> str:
+        return f"{part['share']:.0%} ({part['interval'][0]:.0%} to {part['interval'][1]:.0%}, n={part['n']})"
+
+    topics, summaries = data["topics"], data["summaries"]
+    rows = [
+        ("keyword recall on held-out paraphrases of its topics", f"{topics['keyword_recall']:.2f} (n={topics['n']})"),
+        ("in-topic questions wrongly declined", share(topics["declined"])),
+        ("questions outside its topics declined", share(data["unknown"]["declined"])),
+        *((f"code word recalled from {length} tokens of context", share(part)) for length, part in data["recall_from_context"].items()),
+        ("questions about a held-out text answered with its words", share(data["reading"])),
+        ("summaries of held-out texts: length against the text", f"{summaries['length_ratio']:.2f}"),
+        ("summaries: key terms kept / ROUGE-L", f"{summaries['key_terms_kept']:.2f} / {summaries['rouge_l']:.2f} (n={summaries['n']})"),
+        *((f"bits per byte, {name}", f"{part['bits_per_byte']:.3f}") for name, part in data.get("bits_per_byte", {}).items()),
+    ]
+    return "\n".join(["| measured | value |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "chat": ("chat-embedded.json", chat_table),
+    "model-card": ("chat-model-card.json", model_card_table),
+}
+
+
+def render(text: str) -> str:
+    """README text with every table between its marks made anew from its result file."""
+    for name, (file, table) in TABLES.items():
+        begin, end = f"<!-- table:{name} -->", f"<!-- /table:{name} -->"
+        if begin in text:
+            body = table(json.loads((RESULTS / file).read_text()))
+            head, rest = text.split(begin, 1)
+            text = f"{head}{begin}\n{body}\n{end}{rest.split(end, 1)[1]}"
+    return text
+
+
+def main() -> None:
+    """Write the tables, or check them."""
+    text = README.read_text(encoding="utf-8")
+    fresh = render(text)
+    if "--check" in sys.argv:
+        if fresh != text:
+            raise SystemExit("README.md: a table differs from its result file. Run `python -m benchmarks.readme`.")
+        return
+    README.write_text(fresh, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""The terminal's entry point: `python cli.py COMMAND --help`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import typer
+
+from core.errors import FuseboxError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Fusebox: switch LLM efficiency techniques on and off and measure them.")
+train_app = typer.Typer(no_args_is_help=True, help="Make the embedded models.")
+app.add_typer(train_app, name="train")
+
+QUICK_TOKENS = 30
+
+
+def _show_progress(fraction: float, message: str) -> None:
+    print(f"\r{fraction:4.0%} {message:<70}", end="", file=sys.stderr, flush=True)
+
+
+@app.command()
+def chat(
+    message: Annotated[str, typer.Option(help="The question.")],
+    methods: Annotated[list[str] | None, typer.Option(help="baseline, technique names, or combinations such as bnb_int8+word_removal:every=4.")] = None,
+    more_methods: Annotated[list[str] | None, typer.Argument(help="Further methods, so that --methods takes several.", show_default=False)] = None,
+    model: Annotated[str, typer.Option(help="embedded, owner/name of the hub, or a local folder.")] = "embedded",
+    revision: Annotated[str | None, typer.Option(help="Hub commit, branch or tag.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto (the faster here), float32 or bfloat16.")] = "auto",
+    system: Annotated[str, typer.Option(help="System prompt.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 keeps all tokens.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0 keeps all tokens.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(help="1 is none.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of this request's random numbers.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help=f"{QUICK_TOKENS} new tokens.")] = False,
+    at_once: Annotated[bool, typer.Option("--at-once", help="Run all methods at the same time; times are then not comparable.")] = False,
+    score: Annotated[bool, typer.Option("--score/--no-score", help="Score the baseline's answer under each method.")] = True,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")] = None,
+) -> None:
+    """Ask one question of several methods and print answers and metrics side by side."""
+    from engines.chat import ChatRequest, ChatService
+    from engines.pool import EnginePool
+    from engines.sampling import Sampling
+
+    sampling = Sampling(QUICK_TOKENS if quick else max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
+    chosen = (*(methods or ()), *(more_methods or ())) or ("baseline",)
+    request = ChatRequest(message=message, methods=chosen, model_id=model, revision=revision, dtype=dtype, system=system, sampling=sampling, at_once=at_once, score=score)
+    service = ChatService(EnginePool())
+    failed = _run_chat(service, request, json_path)
+    raise typer.Exit(1 if failed else 0)
+
+
+def _run_chat(service: Any, request: Any, json_path: Path | None) -> bool:
+    """Stream a comparison to the terminal; True when a column failed."""
+    from dataclasses import asdict
+
+    from engines.chat import ColumnStatus, Tick, collect
+    from engines.export import chat_record, to_json, write_text
+    from engines.metric_text import metrics_text
+
+    def watched() -> Any:
+        for event in service.stream(request):
+            if isinstance(event, ColumnStatus):
+                print(f"[{event.column}] {event.text}", file=sys.stderr)
+            if not isinstance(event, Tick):
+                yield event
+
+    answers, errors = collect(watched())
+    for column, answer in answers.items():
+        print(f"\n--- {column}\n{answer.text.strip()}")
+    for column, text in errors.items():
+        print(f"\n--- {column}\nerror: {text}")
+    print("\n" + metrics_text({column: a.metrics for column, a in answers.items()}))
+    choice = service.pool.dtype_choice(request.model_id, revision=request.revision, dtype=request.dtype)
+    if choice is not None:
+        print(f"baseline: {choice.reason}")
+    for answer in answers.values():
+        for report in answer.reports:
+            print(f"{report.technique}: {report.label.value}; {'; '.join(report.notes)}")
+    if json_path is not None:
+        model = {"model_id": request.model_id, "baseline_dtype": None if choice is None else asdict(choice)}
+        write_text(json_path, to_json(chat_record(request, answers, errors, model)))
+        print(f"written to {json_path}", file=sys.stderr)
+    return bool(errors)
+
+
+@app.command()
+def convert(source: Annotated[Path, typer.Argument(help="Folder with pytorch_model*.bin.")], output: Annotated[Path, typer.Argument(help="New folder.")]) -> None:
+    """Turn a pickle checkpoint into safetensors on this machine, reading tensors only."""
+    from core.convert import convert_checkpoint
+
+    for path in convert_checkpoint(source, output):
+        print(path)
+
+
+@train_app.command()
+def backbone(
+    corpus: Annotated[Path, typer.Option(help="Folder of .jsonl or .jsonl.zst shards with a text field.")],
+    output: Annotated[Path, typer.Option(help="Work folder; an interrupted run resumes from it.")] = Path("work/backbone"),
+    tokens: Annotated[int, typer.Option(help="Training tokens.")] = 7_500_000,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Train the shared tokenizer and pretrain the backbone."""
+    from engines.embedded.backbone import BackbonePlan, train_backbone
+
+    report = train_backbone(corpus, output, BackbonePlan(tokens=tokens, seed=seed), progress=_show_progress)
+    print(f"\n{report.steps} steps in {report.seconds:.0f} s, last loss {report.losses[-1][1]:.3f} nats per token; saved to {output}")
+
+
+@train_app.command("chat")
+def train_chat_command(
+    backbone: Annotated[Path, typer.Option(help="Folder of the pretrained backbone.")] = Path("work/backbone"),
+    output: Annotated[Path, typer.Option(help="Model folder to write.")] = Path("assets/models/chat"),
+    work: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = Path("work/chat"),
+    epochs: Annotated[int, typer.Option(min=1)] = 6,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Tune the backbone on the project's instruction set into the embedded chat model."""
+    from engines.embedded.chat_tuning import ChatPlan, train_chat
+
+    report = train_chat(backbone, output, work, ChatPlan(epochs=epochs, seed=seed), progress=_show_progress)
+    print(f"\n{report.steps} steps in {report.seconds:.0f} s, last loss {report.losses[-1][1]:.3f}; saved to {output}")
+
+
+@train_app.command("evaluate-chat")
+def evaluate_chat_command(
+    model: Annotated[str, typer.Option(help="Model to evaluate.")] = "embedded",
+    shared: Annotated[Path | None, typer.Option(help="Folder with corpus/, wikitext2/, tinystories/ for bits per byte.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most about this many topic questions.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+) -> None:
+    """Recompute the embedded chat model's card on questions that were kept out of training."""
+    import json
+
+    from core.provenance import provenance
+    from engines.embedded.chat_evaluation import evaluate_chat
+    from engines.export import to_json, write_text
+    from engines.pool import EnginePool
+
+    engine = EnginePool().get(model)
+    figures = {**evaluate_chat(engine, shared, limit=limit, progress=_show_progress), "model": model, "provenance": provenance()}
+    if json_path is not None:
+        write_text(json_path, to_json(figures))
+    print("\n" + json.dumps({k: {n: v for n, v in figures[k].items() if n != "samples"} for k in figures if k not in ("model", "provenance")}, indent=1))
+
+
+def main() -> None:
+    """Run the command line; errors for people are printed without a trace."""
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    try:
+        app()
+    except FuseboxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""The project's instruction set as conversations: what the embedded chat model is tuned on, and what it is tested on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from core.datasets import is_held_out, read_jsonl
+from engines.embedded.phrasings import FOLLOW_UPS, READING, SUMMARY, as_typed, fill, phrase
+from engines.prompting import Message
+
+CORPUS = Path(__file__).resolve().parent.parent.parent / "assets" / "corpus"
+HELD_OUT_PERCENT = 12.0
+_FORMS = {"definition": 2, "explanation": 2, "how": 2, "why": 1, "example": 1, "comparison": 1, "short": 1}
+_CODE_WORDS = ["amber", "anchor", "apricot", "arrow", "badger", "bamboo", "banner", "barley", "basket", "beacon", "birch", "bishop", "blanket", "bonfire", "bottle", "bramble", "bridge", "bronze", "bucket", "butter", "cabin", "candle", "canyon", "carbon", "carpet", "cedar", "cellar", "cherry", "chimney", "cinder", "clover", "cobalt", "comet", "copper", "coral", "cotton", "cradle", "crimson", "crystal", "daisy", "dagger", "dolphin", "dragon", "eagle", "ebony", "elder", "emerald", "falcon", "feather", "fennel", "ferry", "fiddle", "finch", "flint", "fossil", "garnet", "ginger", "glacier", "granite", "gravel", "hammer", "harbor", "hazel", "heron", "hollow", "honey", "indigo", "island", "ivory", "jacket", "jasmine", "jigsaw", "juniper", "kettle", "kitten", "ladder", "lagoon", "lantern", "lavender", "lemon", "lichen", "lilac", "linen", "magnet", "mango", "maple", "marble", "meadow", "melon", "mirror", "mosaic", "mustard", "nectar", "needle", "nickel", "nutmeg", "oasis", "ocean", "olive", "onyx", "orchid", "otter", "oyster", "paddle", "panther", "parrot", "pebble", "pepper", "pigeon", "pillow", "plaster", "pocket", "poplar", "prairie", "pumpkin", "puzzle", "quarry", "quartz", "rabbit", "raven", "ribbon", "river", "robin", "rocket", "saddle", "saffron", "salmon", "sapphire", "scarlet", "shadow", "silver", "sparrow", "spindle", "spruce", "stable", "summit", "sunset", "tangent", "temple", "thistle", "thunder", "timber", "topaz", "trumpet", "tulip", "tunnel", "turnip", "turtle", "velvet", "violet", "walnut", "willow", "winter", "yarrow", "zephyr"]
+
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """Everything written for the chat model; `evaluation` parts are never trained on."""
+
+    topics: list[dict[str, Any]]
+    summaries: list[dict[str, Any]]
+    reading: list[dict[str, Any]]
+    smalltalk: list[dict[str, Any]]
+    unknown: list[str]
+    declines: list[str]
+    evaluation_unknown: list[str]
+
+
+def load_instructions(folder: Path = CORPUS) -> InstructionSet:
+    """Read the instruction set."""
+    topics = [t for path in sorted((folder / "topics").glob("*.jsonl")) for t in read_jsonl(path)]
+    return InstructionSet(
+        topics=topics,
+        summaries=list(read_jsonl(folder / "summaries.jsonl")),
+        reading=list(read_jsonl(folder / "reading.jsonl")),
+        smalltalk=list(read_jsonl(folder / "smalltalk.jsonl")),
+        unknown=[r["question"] for r in read_jsonl(folder / "unknown.jsonl")],
+        declines=[r["answer"] for r in read_jsonl(folder / "declines.jsonl")],
+        evaluation_unknown=[r["question"] for r in read_jsonl(folder / "eval" / "unknown.jsonl")],
+    )
+
+
+def answer_of(topic: dict[str, Any], form: str) -> str:
+    """The written answer of a topic in one form."""
+    return str(topic["comparison"]["text"] if form == "comparison" else topic[form])
+
+
+def _user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def _assistant(content: str) -> Message:
+    return {"role": "assistant", "content": content}
+
+
+def normalised(question: str) -> str:
+    """A question without case, punctuation and spacing, to tell whether two are the same."""
+    return " ".join(re.findall(r"[a-z0-9]+", question.lower()))
+
+
+def evaluation_questions(data: InstructionSet) -> set[str]:
+    """Every question of the evaluation, normalised: none of them may be trained on."""
+    held = {normalised(t["held_out"]["question"]) for t in data.topics} | {normalised(q) for q in data.evaluation_unknown}
+    return held | {normalised(q["question"]) for row in data.reading if is_held_out(row["id"], HELD_OUT_PERCENT) for q in row["questions"]}
+
+
+def _topic_singles(data: InstructionSet, rng: np.random.Generator) -> Iterator[list[Message]]:
+    for topic in data.topics:
+        for form, times in _FORMS.items():
+            for _ in range(times):
+                yield [_user(phrase(form, topic, rng)), _assistant(answer_of(topic, form))]
+
+
+def _topic_talks(data: InstructionSet, rng: np.random.Generator) -> Iterator[list[Message]]:
+    for topic in data.topics:
+        first = str(rng.choice(["definition", "short", "definition", "explanation"]))
+        for follow in topic["follow_ups"]:
+            talk = [_user(phrase(first, topic, rng)), _assistant(answer_of(topic, first))]
+            if rng.random() < 0.5:
+                form = str(rng.choice([f for f in FOLLOW_UPS if f != first]))
+                talk += [_user(as_typed(fill(str(rng.choice(FOLLOW_UPS[form])), topic), rng)), _assistant(answer_of(topic, form))]
+            yield [*talk, _user(follow["question"]), _assistant(follow["answer"])]
+
+
+def _summaries(data: InstructionSet, rng: np.random.Generator) -> Iterator[list[Message]]:
+    for row in data.summaries:
+        if not is_held_out(row["id"], HELD_OUT_PERCENT):
+            for _ in range(3):
+                yield [_user(str(rng.choice(SUMMARY)).replace("{x}", row["text"])), _assistant(row["summary"])]
+
+
+def _reading(data: InstructionSet, rng: np.random.Generator) -> Iterator[list[Message]]:
+    for row in data.reading:
+        if is_held_out(row["id"], HELD_OUT_PERCENT):
+            continue
+        questions = [row["questions"][i] for i in rng.permutation(len(row["questions"]))]
+        for first, second in zip(questions, [*questions[1:], questions[0]], strict=True):
+            opening = reading_prompt(row["text"], first["question"], str(rng.choice(READING)))
+            yield [_user(opening), _assistant(_sentence(first["answer"])), _user(second["question"]), _assistant(_sentence(second["answer"]))]
+
+
+def reading_prompt(text: str, question: str, template: str = READING[0]) -> str:
+    """A question about a text, as one message."""
+    return template.replace("{q}", question).replace("{lq}", question[:1].lower() + question[1:]).replace("{x}", text)
+
+
+def _sentence(answer: str) -> str:
+    return answer[:1].upper() + answer[1:].rstrip(".") + "."
+
+
+def code_word_talk(word: str, fillers: list[str], rng: np.random.Generator) -> list[Message]:
+    """A code word, other text, and the question for it; the last message is the answer."""
+    ask = str(rng.choice(["What was the code word?", "What is the code word?", "Tell me the code word.", "Which code word did I give you?", "Do you remember the code word?"]))
+    told = str(rng.choice([f"Remember the code word: {word}.", f"The code word is {word}.", f"Please remember the code word {word}.", f"My code word is {word}. Keep it in mind."]))
+    answer = _assistant(f"The code word is {word}.")
+    if rng.random() < 0.5:
+        return [_user("\n\n".join([told, *fillers, ask])), answer]
+    return [_user(told), _assistant(f"I will remember the code word {word}."), _user("\n\n".join([*fillers, ask])), answer]
+
+
+def code_words(held_out: bool) -> list[str]:
+    """Code words for training, or those kept apart."""
+    return [w for w in _CODE_WORDS if is_held_out(w, HELD_OUT_PERCENT) == held_out]
+
+
+def _recall(data: InstructionSet, rng: np.random.Generator, count: int = 500) -> Iterator[list[Message]]:
+    words = code_words(held_out=False)
+    for _ in range(count):
+        fillers = [answer_of(data.topics[int(rng.integers(len(data.topics)))], str(rng.choice(["definition", "explanation", "why", "example"])))
+                   for _ in range(int(rng.choice([0, 1, 1, 2, 3, 5])))]
+        word = str(rng.choice(words))
+        if rng.random() < 0.3:  # any letters: the word must be copied, not known
+            word = "".join(rng.choice(list("bcdfghklmnprstvz")) + rng.choice(list("aeiou")) for _ in range(int(rng.integers(2, 4))))
+        yield code_word_talk(word, fillers, rng)
+
+
+def _smalltalk(data: InstructionSet, rng: np.random.Generator) -> Iterator[list[Message]]:
+    for row in data.smalltalk:
+        for question in row["questions"]:
+            yield [_user(question), _assistant(row["answer"])]
+
+
+def _unknown(data: InstructionSet, rng: np.random.Generator) -> Iterator[list[Message]]:
+    for question in data.unknown:
+        for _ in range(2):
+            yield [_user(as_typed(question, rng)), _assistant(str(rng.choice(data.declines)))]
+
+
+def conversations(data: InstructionSet, epoch: int, seed: int = 0) -> list[list[Message]]:
+    """One epoch of training conversations, shuffled; phrasings differ between epochs, answers do not."""
+    rng = np.random.default_rng((seed, epoch))
+    kept_apart = evaluation_questions(data)
+    talks = [
+        talk
+        for make in (_topic_singles, _topic_talks, _summaries, _reading, _recall, _smalltalk, _unknown)
+        for talk in make(data, rng)
+        if not any(m["role"] == "user" and normalised(m["content"]) in kept_apart for m in talk)
+    ]
+    return [talks[i] for i in rng.permutation(len(talks))]

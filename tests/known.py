@@ -1,0 +1,10 @@
+"""Marks for tests of behaviour that is not there yet."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def known_bug(reason: str) -> pytest.MarkDecorator:
+    """The test states what should be; it fails today. Strict: once the bug is fixed the test errs until this mark is taken off."""
+    return pytest.mark.xfail(strict=True, reason=f"known bug: {reason}")

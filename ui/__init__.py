@@ -1,0 +1,1 @@
+"""The pages. Gradio only; one module a tab; no tensors."""

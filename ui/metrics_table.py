@@ -1,0 +1,59 @@
+"""Metrics of two columns as an HTML table: baseline, fused, ratio."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from core.units import NOT_MEASURED, format_ratio
+from engines.metric_text import format_metric
+from engines.metrics import METRICS, ChatMetrics
+from ui import texts
+from ui.safe_text import show_html
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "Time": ("ttft_s", "tpot_median_s", "tpot_p90_s", "total_s", "prefill_tok_s", "decode_tok_s", "chars_s"),
+    "Tokens": ("prompt_tokens", "prompt_tokens_unfiltered", "output_tokens", "output_chars", "finish_reason"),
+    "Memory": ("weights_in_use_bytes", "weights_packed_bytes", "weights_kept_for_undo_bytes", "kv_in_use_bytes", "kv_reserved_bytes", "peak_rss_bytes"),
+    "Efficiency": ("chars_s_per_gib",),
+    "Quality": ("baseline_answer_bits_per_byte", "agreement_tokens", "agreement_share"),
+}
+_TIMES = frozenset(GROUPS["Time"] + GROUPS["Efficiency"])
+
+
+def _ratio_cell(name: str, baseline: Any, fused: Any, comparable: bool) -> str:
+    better = METRICS[name]["better"]
+    if isinstance(baseline, str) or isinstance(fused, str) or METRICS[name]["unit"] == "share":
+        return "<td></td>"
+    if name in _TIMES and not comparable:
+        return f'<td title="Both engines ran at once and shared the cores.">{NOT_MEASURED}</td>'
+    text = format_ratio(fused, baseline)
+    if text == NOT_MEASURED or better is None or abs(fused / baseline - 1) < 0.005:
+        return f"<td>{text}</td>"
+    good = (fused < baseline) == (better == "low")
+    return f'<td class="{"better" if good else "worse"}">{text} <span class="mark">{"better" if good else "worse"}</span></td>'
+
+
+def metrics_table(baseline: ChatMetrics | None, fused: ChatMetrics | None, fused_title: str) -> str:
+    """The table; a column whose answer failed or did not run shows dashes."""
+    if baseline is None and fused is None:
+        return f'<p class="empty-note">{texts.EMPTY_METRICS}</p>'
+    comparable = all(m is None or m.times_comparable for m in (baseline, fused))
+    rows = []
+    for group, names in GROUPS.items():
+        rows.append(f'<tr class="group"><th colspan="4" scope="colgroup">{group}</th></tr>')
+        for name in names:
+            left, right = getattr(baseline, name, None), getattr(fused, name, None)
+            if left is None and right is None:
+                continue
+            title, definition = METRICS[name]["title"], show_html(METRICS[name]["definition"])
+            rows.append(
+                f'<tr data-metric="{name}"><th scope="row"><span tabindex="0" class="defined" title="{definition}">{title}</span></th>'
+                f"<td>{show_html(format_metric(name, left))}</td><td>{show_html(format_metric(name, right))}</td>"
+                f"{_ratio_cell(name, left, right, comparable)}</tr>"
+            )
+    note = "" if comparable else '<p class="warn-note">Both engines ran at once: their times are not comparable.</p>'
+    return (
+        f'{note}<table class="metrics"><thead><tr><th scope="col">Measured</th><th scope="col">Baseline</th>'
+        f'<th scope="col">{show_html(fused_title)}</th><th scope="col">Ratio</th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
+        f'<p class="foot-note">{texts.FOOTNOTE}</p>'
+    )
