@@ -120,7 +120,7 @@ def train_chat_command(
     backbone: Annotated[Path, typer.Option(help="Folder of the pretrained backbone.")] = Path("work/backbone"),
     output: Annotated[Path, typer.Option(help="Model folder to write.")] = Path("assets/models/chat"),
     work: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = Path("work/chat"),
-    epochs: Annotated[int, typer.Option(min=1)] = 6,
+    epochs: Annotated[int, typer.Option(min=1)] = 3,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Tune the backbone on the project's instruction set into the embedded chat model."""

@@ -1,4 +1,4 @@
-"""Tables of the README from result files: `python -m benchmarks.readme` writes them, `--check` fails when they are stale."""
+"""Tables of the README and the model card from result files: `python -m benchmarks.readme` writes them, `--check` fails when they are stale."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from engines.metric_text import format_metric
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "assets" / "models" / "chat" / "README.md")
 RESULTS = ROOT / "benchmarks" / "results"
 _COLUMNS = ("decode_tok_s", "ttft_s", "weights_in_use_bytes", "kv_in_use_bytes", "baseline_answer_bits_per_byte", "agreement_share")
 _HEADINGS = ("method", "label", "decode (p10 to p90)", "first token", "weights in use", "KV in use", "bits/byte of the baseline's answers", "agreement")
@@ -61,7 +61,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 
 
 def render(text: str) -> str:
-    """README text with every table between its marks made anew from its result file."""
+    """A page's text with every table between its marks made anew from its result file."""
     for name, (file, table) in TABLES.items():
         begin, end = f"<!-- table:{name} -->", f"<!-- /table:{name} -->"
         if begin in text:
@@ -73,13 +73,13 @@ def render(text: str) -> str:
 
 def main() -> None:
     """Write the tables, or check them."""
-    text = README.read_text(encoding="utf-8")
-    fresh = render(text)
-    if "--check" in sys.argv:
-        if fresh != text:
-            raise SystemExit("README.md: a table differs from its result file. Run `python -m benchmarks.readme`.")
-        return
-    README.write_text(fresh, encoding="utf-8")
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        fresh = render(text)
+        if "--check" not in sys.argv:
+            page.write_text(fresh, encoding="utf-8")
+        elif fresh != text:
+            raise SystemExit(f"{page.relative_to(ROOT)}: a table differs from its result file. Run `python -m benchmarks.readme`.")
 
 
 if __name__ == "__main__":

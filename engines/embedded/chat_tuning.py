@@ -31,11 +31,11 @@ SHARD_SIZE = "9MB"
 class ChatPlan:
     """Budget of one tuning run."""
 
-    epochs: int = 6
+    epochs: int = 3
     rows: int = 8
     length: int = 1024
-    learning_rate: float = 1e-3
-    muon_learning_rate: float = 6e-3
+    learning_rate: float = 1.5e-3
+    muon_learning_rate: float = 1e-2
     seed: int = 0
 
 

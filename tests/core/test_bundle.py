@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import BloomConfig, BloomForCausalLM, DynamicCache
 
 from compression.quant.technique import BnbInt8, BnbNf4
 from core.architectures import FAMILIES
@@ -34,7 +34,7 @@ def test_context_length_is_what_the_model_was_made_for(family: str, family_bundl
 
 
 def test_context_length_without_any_limit_in_the_configuration_is_2048(llama: Bundle) -> None:
-    llama.model.config.max_position_embeddings = None
+    llama.model = BloomForCausalLM(BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2))  # ALiBi: no table of positions
     assert llama.context_length == 2048
 
 

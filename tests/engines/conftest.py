@@ -36,7 +36,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def shared() -> Path:
+def shared_folder() -> Path:
     """The folder of shared models and data beside the checkout."""
     return Path(__file__).resolve().parents[3] / "shared"
 

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 import engines.engine as engine_module
-import engines.generation as generation
 from compression.quant.technique import BnbInt8, BnbNf4
 from core.bundle import Bundle
 from core.errors import IncompatibleTechniques, PromptTooLong, UnsupportedModel
 from core.progress import Stop
 from core.reversible import Edits
 from core.technique import Effect, Label, Prepared, Report, Stage, Technique
+from engines import generation
 from engines.engine import Answer, Engine, baseline_engine, fused_engine
 from engines.generation import Finished, GenerationEvent, Prefilled, TokenDecoded
 from engines.metrics import ChatMetrics

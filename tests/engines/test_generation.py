@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,10 +21,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-import engines.generation as generation
 from core.bundle import Bundle, ModelInfo
 from core.loading import load_bundle
 from core.progress import Stop
+from engines import generation
 from engines.generation import Finished, GenerationEvent, Prefilled, TokenDecoded, generate
 from engines.sampling import Sampling
 
@@ -126,7 +127,7 @@ def test_times_increase(llama: Bundle) -> None:
     prefilled = events[0]
     assert isinstance(prefilled, Prefilled)
     times = [prefilled.began_s, prefilled.ended_s, *(e.at_s for e in events if isinstance(e, TokenDecoded))]
-    assert all(a < b for a, b in zip(times, times[1:], strict=False))
+    assert all(a < b for a, b in pairwise(times))
 
 
 def test_time_of_a_token_covers_its_decode_step(llama: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +142,7 @@ def test_time_of_a_token_covers_its_decode_step(llama: Bundle, monkeypatch: pyte
 
     monkeypatch.setattr(generation, "decode_one_token", slow)
     times = [e.at_s for e in events_of(llama, Sampling(max_new_tokens=4)) if isinstance(e, TokenDecoded)]
-    assert [b - a for a, b in zip(times, times[1:], strict=False)] == [11, 11, 11]
+    assert [b - a for a, b in pairwise(times)] == [11, 11, 11]
 
 
 def test_stop_during_decode_ends_within_one_token(llama: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,8 +262,8 @@ def test_two_requests_at_once_do_not_share_a_cache(llama: Bundle) -> None:
 
 
 @pytest.mark.parametrize("case", ["bos_greedy", "prompt_greedy"])
-def test_stories260k_greedy_equals_its_published_ids(shared: Path, case: str) -> None:
-    folder = shared / "models" / "stories260K"
+def test_stories260k_greedy_equals_its_published_ids(shared_folder: Path, case: str) -> None:
+    folder = shared_folder / "models" / "stories260K"
     if not (folder / "model.safetensors").is_file():
         pytest.skip(f"MISSING: {folder} is not on this machine, so the one trained reference model was not checked")
     expected = json.loads((folder / "expected.json").read_text())[case]

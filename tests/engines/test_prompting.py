@@ -20,11 +20,11 @@ def user(text: str) -> Message:
 
 
 @pytest.fixture
-def plain(shared_bundle: Bundle, shared: Path) -> Callable[[str], Bundle]:
+def plain(shared_bundle: Bundle, shared_folder: Path) -> Callable[[str], Bundle]:
     """A bundle whose tokenizer has no chat template."""
 
     def make(name: str) -> Bundle:
-        folder = shared / "data" / "tokenizers" / name
+        folder = shared_folder / "data" / "tokenizers" / name
         if not folder.is_dir():
             pytest.skip(f"MISSING: the tokenizer {folder} is not on this machine")
         return replace(shared_bundle, tokenizer=AutoTokenizer.from_pretrained(folder))
@@ -61,6 +61,13 @@ def test_ids_are_the_text_tokenised_once(shared_bundle: Bundle) -> None:
     assert prompt.ids[0] == tokenizer.bos_token_id
     assert tokenizer.decode(prompt.ids) == prompt.text
     assert prompt.unfiltered_tokens == len(prompt.ids)
+
+
+def test_first_token_of_a_template_is_not_doubled_by_the_tokenizer(plain: Callable[[str], Bundle]) -> None:
+    bundle = plain("llama2")
+    bundle.tokenizer.chat_template = "{{ bos_token }}[INST] {{ messages[0].content }} [/INST]"
+    ids = build_prompt(bundle, [user("What is learning?")]).ids
+    assert [i for i in ids if i in bundle.tokenizer.all_special_ids] == [bundle.tokenizer.bos_token_id]
 
 
 def test_model_without_template_gets_the_texts_in_order(plain: Callable[[str], Bundle]) -> None:

@@ -98,7 +98,7 @@ def draws(sampling: Sampling, logits: torch.Tensor, count: int, prompt: tuple[in
         if disturb:
             torch.manual_seed(place)
             torch.rand(place + 1)
-            np.random.seed(place)  # noqa: NPY002
+            np.random.seed(place)
         ids.append(sampler.next_token(logits))
     return ids
 
