@@ -10,7 +10,7 @@ setup: $(VENV)/.runtime
 
 $(VENV)/.runtime: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Fusebox needs Python 3.11 or newer; set PYTHON=..."; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); echo "Python's venv module is missing; on Debian install python3-venv."; exit 1; }
 	@echo "Installing what Fusebox needs (minutes, once) ..."
 	@$(PIP) -r requirements.txt
 	@touch $@

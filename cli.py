@@ -12,7 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
 
-from core.errors import FuseboxError
+from core.errors import FuseboxError, InvalidRequest
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Fusebox: switch LLM efficiency techniques on and off and measure them.")
 train_app = typer.Typer(no_args_is_help=True, help="Make the embedded models.")
@@ -50,6 +50,7 @@ def chat(
     from engines.pool import EnginePool
     from engines.sampling import Sampling
 
+    _check_writable(json_path)
     sampling = Sampling(QUICK_TOKENS if quick else max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
     chosen = (*(methods or ()), *(more_methods or ())) or ("baseline",)
     request = ChatRequest(message=message, methods=chosen, model_id=model, revision=revision, dtype=dtype, system=system, sampling=sampling, at_once=at_once, score=score)
@@ -58,12 +59,17 @@ def chat(
     raise typer.Exit(1 if failed else 0)
 
 
+def _check_writable(path: Path | None) -> None:
+    """Refuse an output file whose folder is missing before the work, not after it."""
+    if path is not None and not path.resolve().parent.is_dir():
+        raise InvalidRequest(f"--json: there is no folder {path.parent}. Make it first.")
+
+
 def _run_chat(service: Any, request: Any, json_path: Path | None) -> bool:
     """Stream a comparison to the terminal; True when a column failed."""
-    from dataclasses import asdict
-
+    from core.files import write_text
     from engines.chat import ColumnStatus, Tick, collect
-    from engines.export import chat_record, to_json, write_text
+    from engines.export import chat_record, to_json
     from engines.metric_text import metrics_text
 
     def watched() -> Any:
@@ -86,8 +92,7 @@ def _run_chat(service: Any, request: Any, json_path: Path | None) -> bool:
         for report in answer.reports:
             print(f"{report.technique}: {report.label.value}; {'; '.join(report.notes)}")
     if json_path is not None:
-        model = {"model_id": request.model_id, "baseline_dtype": None if choice is None else asdict(choice)}
-        write_text(json_path, to_json(chat_record(request, answers, errors, model)))
+        write_text(json_path, to_json(chat_record(request, answers, errors, choice)))
         print(f"written to {json_path}", file=sys.stderr)
     return bool(errors)
 
@@ -140,11 +145,13 @@ def evaluate_chat_command(
     """Recompute the embedded chat model's card on questions that were kept out of training."""
     import json
 
+    from core.files import write_text
     from core.provenance import provenance
     from engines.embedded.chat_evaluation import evaluate_chat
-    from engines.export import to_json, write_text
+    from engines.export import to_json
     from engines.pool import EnginePool
 
+    _check_writable(json_path)
     engine = EnginePool().get(model)
     figures = {**evaluate_chat(engine, shared, limit=limit, progress=_show_progress), "model": model, "provenance": provenance()}
     if json_path is not None:

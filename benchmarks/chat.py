@@ -15,11 +15,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from core.files import write_text
 from core.provenance import provenance
 from engines.catalog import TECHNIQUES
 from engines.chat import ChatRequest, ChatService, collect
 from engines.engine import Answer
-from engines.export import to_json, write_text
+from engines.export import to_json
 from engines.methods import BASELINE
 from engines.metrics import percentile
 from engines.pool import EnginePool

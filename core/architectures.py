@@ -106,6 +106,15 @@ def family_of(model: nn.Module) -> str:
     return name
 
 
+REFUSED: dict[tuple[str, str], str] = {}
+"""(family, technique) -> why the technique cannot be applied to the family. What is not listed is admitted."""
+
+
+def refusal(model: nn.Module, technique: str) -> str | None:
+    """Why `technique` refuses the model's family, None when it admits it."""
+    return REFUSED.get((family_of(model), technique))
+
+
 def architecture_of(model: nn.Module, technique: str) -> Architecture:
     """The table's row for `model`.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -38,14 +39,18 @@ class Bundle:
     model: a transformers causal LM in eval mode.
     tokenizer: its tokenizer.
     prompt_filters: applied in order to each user message.
-    cache_factory: returns the empty KV cache of one request.
+    cache_factory: returns the empty KV cache of one request; transformers' DynamicCache for this model when not given.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     info: ModelInfo
     prompt_filters: tuple[PromptFilter, ...] = ()
-    cache_factory: Callable[[], Any] = field(default=DynamicCache)
+    cache_factory: Callable[[], Any] = field(default=None)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.cache_factory is None:
+            self.cache_factory = partial(DynamicCache, config=self.model.config)
 
     @property
     def device(self) -> torch.device:

@@ -6,10 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from core.bundle import Bundle
+from core.decoding import decode_one_token, prefill
 from core.errors import InvalidRequest
 from core.progress import Stop
 
@@ -42,43 +40,29 @@ class Score:
         return Score(self.nll + other.nll, self.tokens + other.tokens, self.text_bytes + other.text_bytes)
 
 
-@torch.inference_mode()
-def decode_logits(bundle: Bundle, prompt_ids: Sequence[int], continuation_ids: Sequence[int], stop: Stop | None = None) -> Tensor:
-    """Logits before each continuation token: the prompt in one prefill, then one decode step per token.
+def score_continuation(bundle: Bundle, prompt_ids: Sequence[int], continuation_ids: Sequence[int], stop: Stop | None = None) -> Score:
+    """How likely the bundle finds `continuation_ids` after `prompt_ids`: one prefill, then one decode step a token.
 
-    Args:
-        prompt_ids: at least one token.
-        continuation_ids: the tokens to come, N of them.
-
-    Returns:
-        [N, vocab_size] float32; fewer rows when `stop` was requested.
+    On Stop the tokens scored so far are returned.
 
     Raises:
         InvalidRequest: no prompt token.
     """
     if not prompt_ids:
         raise InvalidRequest("Scoring needs at least one token before the scored text.")
+    stop = stop or Stop()
     cache = bundle.cache_factory()
-    ids = torch.tensor([list(prompt_ids)], device=bundle.device)
-    rows = []
-    for token in [*continuation_ids, None]:
-        logits = bundle.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
-        rows.append(logits.float())
-        if token is None or (stop is not None and stop.requested):
+    logits = prefill(bundle, prompt_ids, cache, stop)
+    nll, scored = 0.0, 0
+    for token in continuation_ids:
+        if logits is None or stop.requested:
             break
-        ids = torch.tensor([[token]], device=bundle.device)
-    return torch.stack(rows)[: len(continuation_ids)]
-
-
-def score_continuation(bundle: Bundle, prompt_ids: Sequence[int], continuation_ids: Sequence[int], stop: Stop | None = None) -> Score:
-    """How likely the bundle finds `continuation_ids` after `prompt_ids`, under decode semantics."""
-    if not continuation_ids:
-        return Score(0.0, 0, 0)
-    logits = decode_logits(bundle, prompt_ids, continuation_ids, stop)
-    scored = list(continuation_ids[: len(logits)])
-    picked = logits.log_softmax(-1).gather(1, torch.tensor(scored, device=logits.device)[:, None])
-    text = str(bundle.tokenizer.decode(scored, skip_special_tokens=True))
-    return Score(float(-picked.sum()), len(scored), len(text.encode()))
+        nll -= float(logits.float().log_softmax(-1)[token])
+        scored += 1
+        if scored < len(continuation_ids):
+            logits = decode_one_token(bundle, token, cache)
+    text = str(bundle.tokenizer.decode(list(continuation_ids[:scored]), skip_special_tokens=True))
+    return Score(nll, scored, len(text.encode()))
 
 
 def score_text(bundle: Bundle, text: str, max_tokens: int = 1024, exempt: int = EXEMPT_POSITIONS) -> Score:
@@ -86,6 +70,7 @@ def score_text(bundle: Bundle, text: str, max_tokens: int = 1024, exempt: int = 
     ids = bundle.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     start = bundle.tokenizer.bos_token_id
     ids = ([start] if start is not None else []) + ids[: max_tokens - 1]
+    ids = ids[: bundle.context_length]
     exempt = max(1, exempt)
     return score_continuation(bundle, ids[:exempt], ids[exempt:])
 

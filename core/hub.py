@@ -6,6 +6,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from core.errors import HubUnavailable, InvalidRequest, ModelNotFound, OutOfMemo
 from core.progress import Progress, silent
 from core.units import format_bytes
 
-_WANTED = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "vocab*", "merges.txt",
+_WEIGHTS = "model*.safetensors"
+_IGNORED = ("*/*",)
+_WANTED = (_WEIGHTS, "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "vocab*", "merges.txt",
            "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.tiktoken")
 
 
@@ -89,7 +92,7 @@ def safetensors_bytes(repo_id: str, revision: str | None = None) -> tuple[int, s
     """
     info = _model_info(repo_id, revision)
     names = {s.rfilename: s.size or 0 for s in info.siblings or ()}
-    size = sum(n for name, n in names.items() if name.endswith(".safetensors"))
+    size = sum(n for name, n in names.items() if fnmatch(name, _WEIGHTS) and "/" not in name)
     if not size:
         if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
             raise UnsafeCheckpoint(f"{repo_id} has only pickle weights, which can run code. Download it yourself and run `python cli.py convert FOLDER OUTPUT`.")
@@ -124,12 +127,12 @@ def fetch(repo_id: str, revision: str | None = None, max_bytes: int | None = Non
             if isinstance(error, hub_errors.RepositoryNotFoundError | hub_errors.RevisionNotFoundError):
                 raise
             try:
-                folder = Path(huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=list(_WANTED), local_files_only=True))
+                folder = Path(huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=list(_WANTED), ignore_patterns=list(_IGNORED), local_files_only=True))
             except hub_errors.LocalEntryNotFoundError:
                 raise error from None
             return Snapshot(folder, folder.name)
         if max_bytes is not None and size > max_bytes:
             raise OutOfMemory(f"{repo_id} has {format_bytes(size)} of weights; {format_bytes(max_bytes)} are free. Choose a smaller model.")
         folder = Path(huggingface_hub.snapshot_download(
-            repo_id, revision=commit, allow_patterns=list(_WANTED), tqdm_class=_progress_bar(progress, size)))
+            repo_id, revision=commit, allow_patterns=list(_WANTED), ignore_patterns=list(_IGNORED), tqdm_class=_progress_bar(progress, size)))
         return Snapshot(folder, commit)

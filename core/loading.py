@@ -33,8 +33,12 @@ def embedded_models() -> dict[str, Path]:
     return {("embedded" if name == "chat" else f"embedded/{name}"): folder for name, folder in found.items()}
 
 
-def _find(model_id: str, revision: str | None, progress: Progress, allow_local: bool) -> tuple[Path, str | None, str]:
-    """The folder, revision and kind of source of a model id."""
+def locate(model_id: str, revision: str | None = None, progress: Progress = silent, allow_local: bool = True) -> tuple[Path, str | None, str]:
+    """The folder, revision and kind of source (embedded, local, hub) of a model id; hub files are downloaded when they are not here.
+
+    Raises:
+        InvalidRequest, ModelNotFound, HubUnavailable, UnsafeCheckpoint, OutOfMemory.
+    """
     if not isinstance(model_id, str) or not model_id.strip() or "\0" in model_id or len(model_id) > 300:
         raise InvalidRequest(f"The model is {str(model_id)[:80]!r}; use embedded, owner/name of the hub, or a local folder.")
     embedded = embedded_models()
@@ -42,14 +46,23 @@ def _find(model_id: str, revision: str | None, progress: Progress, allow_local: 
         return embedded[model_id], _content_hash(embedded[model_id]), "embedded"
     if model_id.split("/", maxsplit=1)[0] == "embedded":
         raise ModelNotFound(f"There is no embedded model {model_id!r}; there are: {', '.join(embedded) or 'none'}.")
-    folder = Path(model_id).expanduser()
-    if allow_local and folder.is_dir():
+    folder = _local_folder(model_id) if allow_local else None
+    if folder is not None:
         return folder, _content_hash(folder), "local"
     if model_id.startswith(("/", ".", "~")) or "\\" in model_id or model_id.count("/") != 1:
         why = "there is no such folder" if allow_local else "local folders are closed here"
         raise ModelNotFound(f"{model_id!r}: {why}, and it is not a hub id (owner/name).")
     snapshot = fetch(model_id, revision, int(available_bytes() / _HEADROOM), progress)
     return snapshot.folder, snapshot.revision, "hub"
+
+
+def _local_folder(model_id: str) -> Path | None:
+    """The folder a model id names, None when it names none."""
+    try:
+        folder = Path(model_id).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, RuntimeError):  # too long a name, or ~ of an unknown user
+        return None
 
 
 def _content_hash(folder: Path) -> str:
@@ -69,7 +82,11 @@ def checkpoint_elements(folder: Path) -> int:
     Raises:
         UnsafeCheckpoint: no safetensors file, or one that is cut or broken.
     """
-    files = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
     if not files:
         if any([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]):
             raise UnsafeCheckpoint(f"{folder.name} has only pickle weights, which can run code. Run `python cli.py convert {folder.name} OUTPUT` first.")
@@ -126,7 +143,7 @@ def load_bundle(
     """
     if dtype not in DTYPES:
         raise InvalidRequest(f"dtype is {dtype!r}; use one of {', '.join(DTYPES)}.")
-    folder, commit, source = _find(model_id, revision, progress, allow_local)
+    folder, commit, source = locate(model_id, revision, progress, allow_local)
     progress(0.1, f"reading {model_id}")
     refuse_if_too_large(folder, DTYPES[dtype])
     try:
@@ -137,7 +154,7 @@ def load_bundle(
             local_files_only=True, output_loading_info=True,
         )
         model, info = loaded
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, json.JSONDecodeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, json.JSONDecodeError, SafetensorError, ImportError) as error:
         raise ModelLoadError(f"{model_id} cannot be loaded as a causal language model: {_first_line(error)}") from error
     _check_weights(model, model_id, set(info["missing_keys"]))
     model.generation_config = _plain_generation(model)

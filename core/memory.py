@@ -15,20 +15,36 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def available_bytes() -> int:
-    """Memory that can be had without swapping, cgroup limits respected."""
-    free = int(psutil.virtual_memory().available)
-    for limit_file, used_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
+# limit, use, statistics, and the statistics' name of page cache that the kernel gives back when asked
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat", "inactive_file"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes", "/sys/fs/cgroup/memory/memory.stat", "total_inactive_file"),
+)
+
+
+def _cgroup() -> tuple[int, int] | None:
+    """Limit and use of this container in bytes, reclaimable page cache not counted as used; None without a limit."""
+    for limit_file, used_file, stat_file, cache_name in _CGROUPS:
         try:
-            limit = Path(limit_file).read_text().strip()
-            if limit != "max":
-                free = min(free, int(limit) - int(Path(used_file).read_text()))
+            limit = int(Path(limit_file).read_text())
+            used = int(Path(used_file).read_text())
+            stat = dict(line.split() for line in Path(stat_file).read_text().splitlines())
         except (OSError, ValueError):
             continue
-    return max(0, free)
+        return limit, used - int(stat.get(cache_name, 0))
+    return None
+
+
+def available_bytes() -> int:
+    """Memory that can be had without swapping, a container's limit respected."""
+    free, group = int(psutil.virtual_memory().available), _cgroup()
+    return max(0, free if group is None else min(free, group[0] - group[1]))
+
+
+def total_bytes() -> int:
+    """Memory this process may use at most: the machine's, or the container's limit."""
+    total, group = int(psutil.virtual_memory().total), _cgroup()
+    return total if group is None else min(total, group[0])
 
 
 def reset_peak() -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from core.errors import InvalidRequest
+from core.files import write_text
 
 SCHEMA_VERSION = 1
 
@@ -25,9 +25,7 @@ class Recipe:
 
     def save(self, path: Path) -> None:
         """Write the recipe; the old file stays whole until the new one is."""
-        fresh = path.with_suffix(path.suffix + ".new")
-        fresh.write_text(json.dumps({"schema": SCHEMA_VERSION, **asdict(self)}, indent=1))
-        os.replace(fresh, path)
+        write_text(path, json.dumps({"schema": SCHEMA_VERSION, **asdict(self)}, indent=1))
 
     @classmethod
     def load(cls, path: Path) -> Recipe:

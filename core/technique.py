@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from enum import Enum, IntEnum
+from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from core.architectures import refusal
 from core.bundle import Bundle
-from core.errors import InvalidRequest
+from core.errors import CalibrationError, InvalidRequest, UnsupportedModel
 from core.progress import Progress, silent
 from core.reversible import Edits
 
@@ -60,6 +65,25 @@ class Prepared:
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     meta: Mapping[str, str] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write as safetensors, `meta` in the header; the old file stays whole until the new one is."""
+        fresh = path.with_name(path.name + ".new")
+        save_file({name: t.contiguous() for name, t in self.tensors.items()}, fresh, metadata=dict(self.meta))
+        os.replace(fresh, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Prepared:
+        """Read what `save` wrote.
+
+        Raises:
+            CalibrationError: the file is missing, cut or broken.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                return cls({name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {})  # noqa: SIM118 (not a mapping)
+        except (OSError, SafetensorError) as error:
+            raise CalibrationError(f"{path.name} cannot be read ({error}). Delete it; it is made again.") from error
 
 
 @dataclass(frozen=True)
@@ -121,6 +145,9 @@ class Technique:
         Raises:
             UnsupportedModel: with the reason.
         """
+        reason = refusal(bundle.model, self.name)
+        if reason:
+            raise UnsupportedModel(f"{self.title} does not admit {bundle.info.model_id}: {reason}.")
 
     def prepare(self, bundle: Bundle, data: Any = None, progress: Progress = silent) -> Prepared:
         """The slow part: calibrate, cluster, train. Never changes the bundle."""
@@ -169,9 +196,9 @@ def _check_value(technique: str, name: str, value: Any, meta: Mapping[str, Any],
             raise InvalidRequest(f"{where}; it is a switch, true or false.")
         return
     if isinstance(default, (int, float)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise InvalidRequest(f"{where}; it must be a finite number.")
-        if isinstance(default, int) and value != int(value):
-            raise InvalidRequest(f"{where}; it must be a whole number.")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or (isinstance(value, float) and math.isnan(value)):
+            raise InvalidRequest(f"{where}; it must be a number.")
         if (low is not None and value < low) or (high is not None and value > high):
             raise InvalidRequest(f"{where}; it must lie between {low} and {high}.")
+        if isinstance(default, int) and not isinstance(value, int):
+            raise InvalidRequest(f"{where}; it must be a whole number.")

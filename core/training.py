@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -9,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,15 @@ def _optimizers(parameters: Sequence[nn.Parameter], plan: TrainingPlan, matrices
     return optimizers
 
 
-def _save(accelerator: Accelerator, folder: Path, step: int, report: TrainingReport) -> None:
+def _identity(plan: TrainingPlan, model: nn.Module) -> str:
+    """A name for a run: its plan and the weights it starts from. Another run's checkpoint is not resumed."""
+    digest = hashlib.sha256(json.dumps(asdict(plan), sort_keys=True).encode())
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {float(parameter.detach().double().sum()):.9e}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _save(accelerator: Accelerator, folder: Path, step: int, report: TrainingReport, identity: str) -> None:
     """Write a checkpoint beside the old one, then swap: a kill in between leaves the old one whole."""
     fresh = folder.with_name(folder.name + ".new")
     if accelerator.is_main_process:
@@ -104,7 +113,7 @@ def _save(accelerator: Accelerator, folder: Path, step: int, report: TrainingRep
     accelerator.wait_for_everyone()
     accelerator.save_state(str(fresh))
     if accelerator.is_main_process:
-        state = {"step": step, "seconds": report.seconds, "losses": report.losses, "evaluations": report.evaluations}
+        state = {"identity": identity, "step": step, "seconds": report.seconds, "losses": report.losses, "evaluations": report.evaluations}
         (fresh / "progress.json").write_text(json.dumps(state))
         old = folder.with_name(folder.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
@@ -115,11 +124,17 @@ def _save(accelerator: Accelerator, folder: Path, step: int, report: TrainingRep
     accelerator.wait_for_everyone()
 
 
-def _resume(accelerator: Accelerator, folder: Path, report: TrainingReport) -> int:
-    """Load the newest whole checkpoint; the step to go on from, 0 when there is none."""
+def _resume(accelerator: Accelerator, folder: Path, report: TrainingReport, identity: str) -> int:
+    """Load the newest whole checkpoint of this run; the step to go on from, 0 when there is none.
+
+    Raises:
+        InvalidRequest: the checkpoint is of another run.
+    """
     for candidate in (folder, folder.with_name(folder.name + ".old")):
         if (candidate / "progress.json").is_file():
             state = json.loads((candidate / "progress.json").read_text())
+            if state.get("identity") != identity:
+                raise InvalidRequest(f"{candidate} is of a run with another plan or other starting weights. Delete it, or name another folder.")
             accelerator.load_state(str(candidate))
             report.seconds = state["seconds"]
             report.losses = [(s, v) for s, v in state["losses"]]
@@ -141,6 +156,7 @@ class _Loop:
     def __init__(self, model: nn.Module, plan: TrainingPlan, chosen: Sequence[nn.Parameter], matrices: Sequence[nn.Parameter]) -> None:
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         torch.manual_seed(plan.seed)
+        self.identity = _identity(plan, model)
         self.plan, self.chosen = plan, chosen
         self.model, *self.optimizers = self.accelerator.prepare(model, *_optimizers(chosen, plan, matrices))
         self.report = TrainingReport()
@@ -184,13 +200,13 @@ class _Loop:
     def save_when_due(self, done: int, checkpoint: Path | None) -> None:
         """Save every `plan.save_every_s`."""
         if checkpoint and time.monotonic() - self._saved > self.plan.save_every_s:
-            _save(self.accelerator, checkpoint, done, self.report)
+            _save(self.accelerator, checkpoint, done, self.report, self.identity)
             self._saved = time.monotonic()
 
     def close(self, checkpoint: Path | None) -> None:
         """Save the end and let go of the accelerator's objects."""
         if checkpoint:
-            _save(self.accelerator, checkpoint, self.report.steps, self.report)
+            _save(self.accelerator, checkpoint, self.report.steps, self.report, self.identity)
         self.accelerator.wait_for_everyone()
         self.model.eval()
         self.accelerator.free_memory()
@@ -225,11 +241,12 @@ def train(
 
     Raises:
         CalibrationError: the loss is not finite.
+        InvalidRequest: the checkpoint folder holds another run.
     """
     chosen = [p for p in (parameters if parameters is not None else model.parameters()) if p.requires_grad]
     loop = _Loop(model, plan, chosen, matrices)
     report, accelerator = loop.report, loop.accelerator
-    first = _resume(accelerator, checkpoint, report) if checkpoint else 0
+    first = _resume(accelerator, checkpoint, report, loop.identity) if checkpoint else 0
     loop.model.train()
     began, before = time.perf_counter(), report.seconds
     report.steps = first

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 
 from core.errors import FuseboxError, InvalidRequest
 from core.evaluation import agreement, score_continuation
-from core.progress import Stop
+from core.loading import locate
+from core.progress import Progress, Stop
 from core.technique import Technique
 from engines.engine import Answer, Engine
 from engines.figures import token_latency_figure
@@ -103,7 +104,10 @@ class ChatService:
         Raises:
             InvalidRequest: the request as a whole is unusable; a single bad column yields ColumnFailed instead.
         """
-        checked = replace(request, message=clean_message(request.message), methods=_columns(request.methods), dtype=check_dtype(request.dtype))
+        checked = replace(
+            request, message=clean_message(request.message), methods=checked_methods(request.methods), dtype=check_dtype(request.dtype),
+            system=clean_message(request.system) if str(request.system or "").strip() else "",
+        )
         return self._events(checked, stop or Stop())
 
     def _events(self, request: ChatRequest, stop: Stop) -> Iterator[ChatEvent]:
@@ -112,6 +116,10 @@ class ChatService:
         def work() -> None:
             try:
                 self._run(request, stop, events.put)
+            except Exception as error:  # a consumer must hear of it; the log has the trace
+                log.exception("the request failed")
+                for column in request.methods:
+                    events.put(ColumnFailed(column, _crash_in_words(error)))
             finally:
                 events.put(None)
 
@@ -130,18 +138,17 @@ class ChatService:
             emit(ColumnStatus(column, "waiting"))
         done: dict[str, tuple[Engine, Answer]] = {}
         try:
+            # A download takes minutes and no core: it does not keep others from the device.
+            locate(request.model_id, request.revision, _progress_of(columns[0], stop, emit), self.pool.allow_local)
             with self.gate.hold(stop) as held:
-                if held:
-                    self._answer_all(request, columns, stop, emit, done)
-                    if request.score and not stop.requested:
-                        _add_quality(done, stop, emit)
+                if not held:
+                    raise InvalidRequest("Stopped while waiting for the engine.")
+                self._answer_all(request, columns, stop, emit, done)
+                if request.score and not stop.requested:
+                    _add_quality(done, stop, emit)
         except FuseboxError as error:
             for column in columns:
                 emit(ColumnFailed(column, str(error)))
-            return
-        for column in columns:
-            if not held:
-                emit(ColumnFailed(column, "Stopped while waiting for the engine."))
 
     def _answer_all(self, request: ChatRequest, columns: Sequence[str], stop: Stop, emit: Emit, done: dict[str, tuple[Engine, Answer]]) -> None:
         if not request.at_once:
@@ -160,8 +167,8 @@ class ChatService:
             return
         try:
             techniques: tuple[Technique, ...] = parse_method(column)
-            engine = self.pool.get(request.model_id, techniques, revision=request.revision, dtype=request.dtype,
-                                   progress=lambda _, text: emit(ColumnStatus(column, text)))
+            progress = _progress_of(column, stop, emit)
+            engine = self.pool.get(request.model_id, techniques, revision=request.revision, dtype=request.dtype, progress=progress)
             emit(ColumnStatus(column, "answering"))
             answer = engine.answer(_conversation(request, column), request.sampling, stop, lambda text: emit(ColumnText(column, text)))
         except FuseboxError as error:
@@ -170,12 +177,29 @@ class ChatService:
             emit(ColumnFailed(column, "Memory ran out while answering. Unload a model or shorten the prompt."))
         except Exception as error:  # a column's crash must not take the others with it; the log has the trace
             log.exception("column %s failed", column)
-            emit(ColumnFailed(column, f"The engine failed ({type(error).__name__}: {str(error)[:200]}). The next request starts afresh."))
+            emit(ColumnFailed(column, _crash_in_words(error)))
         else:
             if request.at_once and len(request.methods) > 1:
                 answer = replace(answer, metrics=replace(answer.metrics, times_comparable=False, peak_rss_bytes=None))
             done[column] = (engine, answer)
             emit(ColumnDone(column, answer))
+
+
+def _progress_of(column: str, stop: Stop, emit: Emit) -> Progress:
+    """Progress shown in a column; loading ends there when Stop was pressed."""
+
+    def report(fraction: float, text: str) -> None:
+        if stop.requested:
+            raise InvalidRequest("Stopped while the model was loading.")
+        emit(ColumnStatus(column, text))
+
+    return report
+
+
+def _crash_in_words(error: Exception) -> str:
+    if isinstance(error, RuntimeError) and "memory" in str(error).lower():
+        return "Memory ran out. Unload a model, or choose a smaller one."
+    return f"The engine failed ({type(error).__name__}: {str(error)[:200]}). The next request starts afresh."
 
 
 def _next_event(events: queue.Queue[ChatEvent | None]) -> ChatEvent | None:
@@ -185,8 +209,15 @@ def _next_event(events: queue.Queue[ChatEvent | None]) -> ChatEvent | None:
         return Tick()
 
 
-def _columns(methods: Sequence[str]) -> tuple[str, ...]:
-    columns = tuple(dict.fromkeys(m.strip() if isinstance(m, str) else m for m in methods))
+def checked_methods(methods: Sequence[str]) -> tuple[str, ...]:
+    """Method names without blanks and repeats; whether they exist is each column's own matter.
+
+    Raises:
+        InvalidRequest: no list of names, none, or too many.
+    """
+    if not isinstance(methods, (list, tuple)) or not all(isinstance(m, str) for m in methods):
+        raise InvalidRequest('The methods must be a list of names, for example ["baseline", "bnb_int8"].')
+    columns = tuple(dict.fromkeys(m.strip() for m in methods))
     if not columns:
         raise InvalidRequest("No method is chosen. Name at least one, for example baseline.")
     if len(columns) > MAX_COLUMNS:
@@ -206,8 +237,14 @@ def _add_quality(done: dict[str, tuple[Engine, Answer]], stop: Stop, emit: Emit)
     reference = done[BASELINE][1].token_ids
     for column, (engine, answer) in done.items():
         emit(ColumnStatus(column, "scoring"))
-        score = score_continuation(engine.bundle, answer.prompt.ids, reference, stop)
+        try:
+            score = score_continuation(engine.bundle, answer.prompt.ids, reference, stop)
+        except Exception:  # the answer stands, only its score is missing; the log has the trace
+            log.exception("scoring %s failed", column)
+            emit(ColumnDone(column, answer))
+            continue
         if stop.requested:
+            emit(ColumnDone(column, answer))
             return
         shared, share = agreement(reference, answer.token_ids)
         scored = replace(answer.metrics, baseline_answer_bits_per_byte=score.bits_per_byte, agreement_tokens=shared, agreement_share=share)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from core.bundle import Bundle
+from core.decoding import decode_one_token, prefill
 from core.memory import available_bytes
 from core.progress import Stop
-from engines.generation import decode_one_token, prefill
 
-WARM_STEPS, TIMED_STEPS = 3, 12
+WARM_STEPS, STEPS_PER_TURN, TURNS = 3, 6, "ABBA"
 
 
 @dataclass(frozen=True)
@@ -24,29 +25,39 @@ class DtypeChoice:
     reason: str
 
 
-def _step_time(bundle: Bundle) -> float:
-    cache = bundle.cache_factory()
+def _decoder(bundle: Bundle) -> Callable[[], float]:
+    """A function that runs one decode step and returns its time in seconds; warmed up."""
+    cache: Any = bundle.cache_factory()
     token = 3 % bundle.model.config.get_text_config().vocab_size
     prefill(bundle, [token] * 16, cache, Stop())
-    times = []
-    for _ in range(WARM_STEPS + TIMED_STEPS):
+
+    def step() -> float:
         began = time.perf_counter()
         decode_one_token(bundle, token, cache)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[WARM_STEPS:])
+        return time.perf_counter() - began
+
+    for _ in range(WARM_STEPS):
+        step()
+    return step
 
 
-def faster_dtype(bundle: Bundle) -> tuple[Bundle, DtypeChoice]:
-    """Time decode steps of an fp32 bundle against its bf16 copy and return the faster one.
+def faster_dtype(full: Bundle, load_half: Callable[[], Bundle]) -> tuple[Bundle, DtypeChoice]:
+    """Time decode steps of an fp32 bundle against the same model loaded in bf16, in ABBA order, and return the faster one.
 
-    The bf16 copy is skipped, and that is said, when memory does not allow it.
+    The bf16 model is not loaded, and that is said, when memory does not allow it.
     """
-    need = sum(p.numel() * 2 for p in bundle.model.parameters())
+    need = sum(p.numel() * 2 for p in full.model.parameters())
     if need * 1.2 > available_bytes():
-        return bundle, DtypeChoice(bundle.info.dtype, {bundle.info.dtype: None}, "no memory for a bf16 copy to compare with")
-    half = Bundle(copy.deepcopy(bundle.model).bfloat16(), bundle.tokenizer, replace(bundle.info, dtype="bfloat16"))
-    times = {b.info.dtype: _step_time(b) for b in (bundle, half)}
-    chosen = min((bundle, half), key=lambda b: times[b.info.dtype])
-    slower = bundle if chosen is half else half
-    reason = f"{chosen.info.dtype} decodes a token in {times[chosen.info.dtype] * 1e3:.2f} ms here, {slower.info.dtype} in {times[slower.info.dtype] * 1e3:.2f} ms"
+        return full, DtypeChoice(full.info.dtype, {full.info.dtype: None}, "no memory to load bf16 beside it and compare")
+    half = load_half()
+    bundles = {"A": full, "B": half}
+    steps = {turn: _decoder(bundle) for turn, bundle in bundles.items()}
+    taken: dict[str, list[float]] = {"A": [], "B": []}
+    for turn in TURNS:
+        taken[turn] += [steps[turn]() for _ in range(STEPS_PER_TURN)]
+    times = {bundles[turn].info.dtype: statistics.median(values) for turn, values in taken.items()}
+    chosen, slower = sorted((full, half), key=lambda b: times[b.info.dtype])
+    reason = (
+        f"{chosen.info.dtype} decodes a token in {times[chosen.info.dtype] * 1e3:.2f} ms here, {slower.info.dtype} in {times[slower.info.dtype] * 1e3:.2f} ms"
+    )
     return chosen, DtypeChoice(chosen.info.dtype, dict(times), reason)

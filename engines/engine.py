@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from core.bundle import Bundle, storage_bytes, tensors_of, weight_bytes
+from core.bundle import Bundle, ModelInfo, storage_bytes, tensors_of, weight_bytes
 from core.compatibility import ordered
 from core.memory import peak_resident_bytes, reset_peak
 from core.progress import Progress, Stop, silent
@@ -29,6 +29,7 @@ class Answer:
     token_ids: tuple[int, ...]
     prompt: Prompt
     gaps_s: tuple[float, ...]
+    model: ModelInfo
     metrics: ChatMetrics
     reports: tuple[Report, ...]
 
@@ -90,7 +91,7 @@ class Engine:
             timing = Timing(began, prefilled.began_s, prefilled.ended_s, tuple(times))
         metrics = self._metrics(prompt, text, timing, finished)
         metrics = replace(metrics, output_tokens=len(tokens), peak_rss_bytes=peak_resident_bytes() if peak_counts else None)
-        return Answer(self.method, text, tuple(tokens), prompt, timing.gaps_s if timing else (), metrics, self.reports)
+        return Answer(self.method, text, tuple(tokens), prompt, timing.gaps_s if timing else (), self.bundle.info, metrics, self.reports)
 
     def _metrics(self, prompt: Prompt, text: str, timing: Timing | None, finished: Finished) -> ChatMetrics:
         metrics = ChatMetrics(

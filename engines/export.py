@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 from core.provenance import provenance
 from engines.chat import ChatRequest
+from engines.dtype_choice import DtypeChoice
 from engines.engine import Answer
 from engines.metrics import METRICS, ChatMetrics
 
@@ -40,16 +40,18 @@ def answer_record(answer: Answer) -> dict[str, Any]:
         "metrics": asdict(answer.metrics),
         "token_gaps_s": [round(g, 7) for g in answer.gaps_s],
         "prompt": answer.prompt.text,
+        "prompt_sha256": hashlib.sha256(answer.prompt.text.encode()).hexdigest(),
         "reports": [asdict(r) for r in answer.reports],
     })
 
 
-def chat_record(request: ChatRequest, answers: Mapping[str, Answer], errors: Mapping[str, str], model: Mapping[str, Any]) -> dict[str, Any]:
-    """A whole comparison: the request, each column's answer or error, units, and provenance."""
+def chat_record(request: ChatRequest, answers: Mapping[str, Answer], errors: Mapping[str, str], choice: DtypeChoice | None) -> dict[str, Any]:
+    """A whole comparison: the request, the model that answered, each column's answer or error, units, and provenance."""
+    info = next((a.model for a in answers.values()), None)
     return plain({
         "request": {**asdict(request), "methods": list(request.methods)},
         "order": list(reversed(request.methods)) if request.reverse else list(request.methods),
-        "model": dict(model),
+        "model": {**(asdict(info) if info else {"model_id": request.model_id}), "dtype_choice": asdict(choice) if choice else None},
         "answers": {column: answer_record(a) for column, a in answers.items()},
         "errors": dict(errors),
         "definitions": {name: {"definition": m["definition"], "unit": m["unit"]} for name, m in METRICS.items()},
@@ -80,10 +82,3 @@ def to_csv(answers: Mapping[str, Answer], errors: Mapping[str, str]) -> str:
     text = io.StringIO()
     csv.writer(text).writerows([[safe_cell(cell) for cell in row] for row in rows])
     return text.getvalue()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that a kill leaves the old one whole."""
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, path)

@@ -7,15 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from core.bundle import Bundle
+from core.decoding import decode_one_token, prefill
 from core.progress import Stop
 from engines.sampling import Sampler, Sampling
-
-PREFILL_CHUNK = 512
-"""Prompt tokens per forward call; Stop is looked at between two of them."""
 
 
 @dataclass(frozen=True)
@@ -45,26 +42,6 @@ class Finished:
 
 
 GenerationEvent = Prefilled | TokenDecoded | Finished
-
-
-@torch.inference_mode()
-def prefill(bundle: Bundle, ids: Sequence[int], cache: Any, stop: Stop) -> Tensor | None:
-    """Put the prompt into the cache, chunk by chunk; the last position's logits [vocab_size], None when stopped."""
-    logits = None
-    for start in range(0, len(ids), PREFILL_CHUNK):
-        if stop.requested:
-            return None
-        chunk = torch.tensor([list(ids[start : start + PREFILL_CHUNK])], device=bundle.device)
-        logits = bundle.model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
-    return logits
-
-
-@torch.inference_mode()
-def decode_one_token(bundle: Bundle, token: int, cache: Any) -> Tensor:
-    """One decode step: the logits [vocab_size] after `token`."""
-    ids = torch.tensor([[token]], device=bundle.device)
-    logits: Tensor = bundle.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
-    return logits
 
 
 def end_tokens(bundle: Bundle) -> frozenset[int]:

@@ -33,7 +33,7 @@ class ChatMetrics:
     weights_packed_bytes: int | None = metric("The part of the weights in use that a technique stores in a smaller form.", "bytes", None, "Weights packed")
     kv_in_use_bytes: int | None = metric("Keys and values of the tokens in the cache.", "bytes", "low", "KV cache in use")
     kv_reserved_bytes: int | None = metric("Memory allocated for the cache.", "bytes", "low", "KV cache reserved")
-    peak_rss_bytes: int | None = metric("Highest resident memory of the whole process during this answer, all loaded engines included.", "bytes", "low", "Peak resident memory")
+    peak_rss_bytes: int | None = metric("Highest resident memory of the whole process during this answer, all loaded engines included.", "bytes", None, "Peak resident memory")
     chars_s_per_gib: float | None = metric("Characters per second / GiB of (weights in use + KV cache in use).", "chars/s/GiB", "high", "Characters per second per GiB")
     baseline_answer_bits_per_byte: float | None = metric("Bits per byte of the baseline's answer under this engine, scored token by token as decode runs.", "bits/byte", "low", "Bits per byte of the baseline's answer")
     agreement_tokens: int | None = metric("Tokens shared with the baseline's answer before the first difference.", "tok", "high", "Tokens until divergence")

@@ -8,11 +8,10 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 
-import psutil
-
 from core.bundle import Bundle
-from core.errors import InvalidRequest
+from core.errors import InvalidRequest, OutOfMemory
 from core.loading import load_bundle
+from core.memory import total_bytes
 from core.progress import Progress, silent
 from core.provenance import cpu_name
 from core.technique import Technique
@@ -23,6 +22,7 @@ from engines.methods import method_name
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
+MAX_ENGINES = 24
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class EnginePool:
     """Owns engines within a byte budget. Safe to use from several threads."""
 
     def __init__(self, budget_bytes: int | None = None, device: str = "cpu", allow_local: bool = True) -> None:
-        self.budget_bytes = budget_bytes or int(psutil.virtual_memory().total * 0.6)
+        self.budget_bytes = budget_bytes or int(total_bytes() * 0.6)
         self.device = device
         self.allow_local = allow_local
         self._engines: OrderedDict[EngineKey, Engine] = OrderedDict()
@@ -59,14 +59,18 @@ class EnginePool:
         if found is not None:
             return found
         with self._building:  # one build at a time: two would fight for memory and cores
-            found = self._find(key)
-            if found is not None:
-                return found
-            base_key = EngineKey(model_id, revision, dtype, method_name(()))
-            base = self._find(base_key) or self._add(base_key, baseline_engine(self._load(base_key, progress)))
-            if key == base_key:
-                return base
-            return self._add(key, fused_engine(base.bundle, techniques, progress))
+            try:
+                return self._find(key) or self._build(key, techniques, progress)
+            except OutOfMemory:
+                if not self.unload():
+                    raise
+                log.info("dropped all engines to make room for %s", key)
+                return self._build(key, techniques, progress)
+
+    def _build(self, key: EngineKey, techniques: tuple[Technique, ...], progress: Progress) -> Engine:
+        base_key = EngineKey(key.model_id, key.revision, key.dtype, method_name(()))
+        base = self._find(base_key) or self._add(base_key, baseline_engine(self._load(base_key, progress)))
+        return base if key == base_key else self._add(key, fused_engine(base.bundle, techniques, progress))
 
     def dtype_choice(self, model_id: str, *, revision: str | None = None, dtype: str = AUTO) -> DtypeChoice | None:
         """How the baseline's dtype was chosen; None when it was asked for, or the model is not loaded."""
@@ -101,12 +105,19 @@ class EnginePool:
             return self._engines.get(key)
 
     def _load(self, key: EngineKey, progress: Progress) -> Bundle:
+        def load(dtype: str) -> Bundle:
+            return load_bundle(key.model_id, revision=key.revision, dtype=dtype, device=self.device, allow_local=self.allow_local, progress=progress)
+
         if key.dtype != AUTO:
-            return load_bundle(key.model_id, revision=key.revision, dtype=key.dtype, device=self.device,
-                               allow_local=self.allow_local, progress=progress)
-        bundle = load_bundle(key.model_id, revision=key.revision, device=self.device, allow_local=self.allow_local, progress=progress)
+            return load(key.dtype)
+        try:
+            full = load("float32")
+        except OutOfMemory as error:
+            bundle = load("bfloat16")
+            self._choices[key] = DtypeChoice("bfloat16", {"bfloat16": None}, f"not timed against float32, which does not fit: {error}")
+            return bundle
         progress(0.95, "timing fp32 against bf16")
-        bundle, self._choices[key] = faster_dtype(bundle)
+        bundle, self._choices[key] = faster_dtype(full, lambda: load("bfloat16"))
         log.info("%s on %s: %s", key.model_id, cpu_name(), self._choices[key].reason)
         return bundle
 
@@ -114,9 +125,9 @@ class EnginePool:
         engine.warm_up()
         with self._lock:
             self._engines[key] = engine
-            while len(self._engines) > 1 and self.held_bytes() > self.budget_bytes:
+            while len(self._engines) > 1 and (len(self._engines) > MAX_ENGINES or self.held_bytes() > self.budget_bytes):
                 dropped, _ = self._engines.popitem(last=False)
-                log.info("dropped %s to stay within %d bytes", dropped, self.budget_bytes)
+                log.info("dropped %s to stay within %d bytes and %d engines", dropped, self.budget_bytes, MAX_ENGINES)
         gc.collect()
         return engine
 

@@ -10,9 +10,11 @@ from typing import Literal, TypedDict
 from jinja2 import TemplateError
 
 from core.bundle import Bundle
+from core.deadline import deadline
 from core.errors import InvalidRequest, PromptTooLong
 
 MAX_CHARACTERS = 1_000_000
+TEMPLATE_SECONDS = 5.0
 
 
 class Message(TypedDict):
@@ -80,21 +82,25 @@ def _tokenise(bundle: Bundle, messages: Sequence[Message]) -> tuple[list[int], s
     safe = [{"role": m["role"], "content": _defuse(bundle, m["content"])} for m in messages]
     if tokenizer.chat_template:
         try:
-            text = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=True)
+            with deadline(TEMPLATE_SECONDS, "The model's chat template"):
+                text = str(tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=True))
         except (TemplateError, ValueError, TypeError) as error:
             raise InvalidRequest(f"The model's chat template refuses this conversation: {error}") from error
+        if len(text) > MAX_CHARACTERS + 2 * sum(len(m["content"]) for m in safe):
+            raise InvalidRequest(f"The model's chat template made {len(text):,} characters of this conversation. Choose another model.")
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     else:
         text = "\n".join(m["content"] for m in safe)
         ids = tokenizer(text, verbose=False)["input_ids"]
         if ids and ids[-1] == tokenizer.eos_token_id:
             ids = ids[:-1]
-    return list(ids), str(text)
+    return list(ids), text
 
 
 def _defuse(bundle: Bundle, content: str) -> str:
     """Break special tokens that somebody typed, so that a message cannot pretend to be another turn."""
-    for token in bundle.tokenizer.all_special_tokens:
+    added = (str(t) for t in bundle.tokenizer.added_tokens_decoder.values() if t.special)
+    for token in sorted({*bundle.tokenizer.all_special_tokens, *added}, key=len, reverse=True):
         if len(token) > 1 and token in content:
             content = content.replace(token, f"{token[0]} {token[1:]}")
     return content

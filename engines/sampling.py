@@ -20,11 +20,12 @@ from transformers import (
 from core.errors import InvalidRequest
 
 MAX_NEW_TOKENS = 32_768
+_GREEDY_BELOW = 1e-3
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling settings. temperature 0 is greedy; top_k 0 and top_p 1 leave all tokens in."""
+    """Sampling settings. A temperature below 0.001 is greedy; top_k 0 and top_p 1 leave all tokens in."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -44,17 +45,17 @@ class Sampling:
 
 
 def _real(name: str, value: Any, low: float, high: float, open_low: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or (isinstance(value, float) and math.isnan(value)):
         raise InvalidRequest(f"{name} is {_shown(value)}; it must be a number between {low:g} and {high:g}.")
-    if value < low or value > high or (open_low and value == low):
-        raise InvalidRequest(f"{name} is {value:g}; it must be {'above' if open_low else 'at least'} {low:g} and at most {high:g}.")
+    if not low <= value <= high or (open_low and value == low):
+        raise InvalidRequest(f"{name} is {_shown(value)}; it must be {'above' if open_low else 'at least'} {low:g} and at most {high:g}.")
 
 
 def _whole(name: str, value: Any, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidRequest(f"{name} is {_shown(value)}; it must be a whole number between {low} and {high}.")
     if not low <= value <= high:
-        raise InvalidRequest(f"{name} is {value}; it must be between {low} and {high}.")
+        raise InvalidRequest(f"{name} is {_shown(value)}; it must be between {low} and {high}.")
 
 
 def _shown(value: Any) -> str:
@@ -80,13 +81,13 @@ class Sampler:
     """Chooses tokens for one request; its random numbers are its own, so requests cannot disturb each other."""
 
     def __init__(self, sampling: Sampling, prompt_ids: Sequence[int], device: torch.device) -> None:
-        self._sampling = sampling
         self._generator = torch.Generator(device=device).manual_seed(sampling.seed)
         self._seen = list(prompt_ids)
         self._processors = LogitsProcessorList()
         if sampling.repetition_penalty != 1.0:
             self._processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
-        if sampling.temperature > 0:
+        self._greedy = sampling.temperature < _GREEDY_BELOW
+        if not self._greedy:
             if sampling.temperature != 1.0:
                 self._processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
             if sampling.top_k:
@@ -100,9 +101,7 @@ class Sampler:
         if self._processors:
             seen: Any = torch.tensor([self._seen], device=logits.device)
             scores = self._processors(seen, scores)  # type: ignore[arg-type]
-        if self._sampling.temperature == 0:
-            token = int(scores[0].argmax())
-        else:
-            token = int(torch.multinomial(scores[0].softmax(-1), 1, generator=self._generator))
+        chosen = scores[0].argmax() if self._greedy else torch.multinomial(scores[0].softmax(-1), 1, generator=self._generator)
+        token = int(chosen)
         self._seen.append(token)
         return token

@@ -6,25 +6,59 @@ import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from core.progress import Stop
 from engines.prompting import Message
 
 
+@dataclass(frozen=True)
+class Turn:
+    """One question and one column's answer to it."""
+
+    number: int
+    question: str
+    answer: str
+
+    def messages(self) -> list[Message]:
+        """As the two messages of a conversation."""
+        return [{"role": "user", "content": self.question}, {"role": "assistant", "content": self.answer}]
+
+
 @dataclass
 class Session:
     """One visitor's chats.
 
-    histories: column -> its conversation. turns: questions asked so far. stop: ends the request that runs.
-    record: the last comparison (request, answers, errors), for export.
+    turns: column -> the numbered turns it answered; a column that failed or was off has gaps. asked: questions so far.
+    stop: ends the request that runs. record: the last comparison (request, answers, errors), for export.
+    folder: where files for this visitor lie; gone with the session.
     """
 
-    histories: dict[str, list[Message]] = field(default_factory=dict)
-    turns: int = 0
+    turns: dict[str, list[Turn]] = field(default_factory=dict)
+    asked: int = 0
     stop: Stop | None = None
     record: Any = None
+    folder: TemporaryDirectory[str] | None = None
     used_s: float = 0.0
+
+    def history(self, column: str) -> list[Message]:
+        """A column's conversation, a copy."""
+        return [m for turn in self.turns.get(column, ()) for m in turn.messages()]
+
+    def drop_from(self, number: int) -> None:
+        """Forget every turn from question `number` on, in all columns."""
+        for column, turns in self.turns.items():
+            self.turns[column] = [t for t in turns if t.number < number]
+
+    def last_turn(self) -> Turn | None:
+        """The newest turn any column answered."""
+        newest = [turns[-1] for turns in self.turns.values() if turns]
+        return max(newest, key=lambda t: t.number, default=None)
+
+    def snapshot(self) -> dict[str, list[Turn]]:
+        """The turns as they are, to go back to."""
+        return {column: list(turns) for column, turns in self.turns.items()}
 
     def begin(self) -> Stop:
         """A fresh stop flag for a new request; one that still runs for this visitor is asked to end."""

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from core.errors import FuseboxError
-from engines.chat import ChatRequest
+from engines.chat import ChatRequest, checked_methods
 from engines.sampling import sampling_from
 from ui import chat_handlers, texts
 from ui.body_limit import BodyLimit
 from ui.chat_tab import create_chat_tab
+from ui.content_policy import ContentPolicy
 from ui.services import Services
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -25,8 +27,8 @@ def _register_api(services: Services) -> None:
         """Ask one question of several methods; returns text and metrics, or an error in words, for each."""
         try:
             sampling = sampling_from({"max_new_tokens": max_new_tokens})
-            asked = ChatRequest(message=message, methods=tuple(methods), model_id=model, sampling=sampling)
-            return chat_handlers.chat_compare(services, services.sessions.get(str(request.session_hash)), asked)
+            asked = ChatRequest(message=message, methods=checked_methods(methods), model_id=model, sampling=sampling)
+            return chat_handlers.chat_compare(services, str(request.session_hash), asked)
         except FuseboxError as error:
             raise gr.Error(str(error)) from error
 
@@ -43,7 +45,7 @@ def build_app(services: Services | None = None) -> gr.Blocks:
         _register_api(services)
 
         def leave(request: gr.Request) -> None:
-            services.sessions.unload(str(request.session_hash))
+            services.leave(str(request.session_hash))
 
         app.unload(leave)
     app.queue(max_size=MAX_WAITING, api_open=False)
@@ -55,7 +57,7 @@ def launch_options() -> dict[str, Any]:
     return {
         "theme": gr.themes.Soft(primary_hue="indigo", secondary_hue="slate", neutral_hue="slate", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         "css_paths": [ASSETS / "style.css"],
-        "app_kwargs": {"middleware": [BodyLimit.entry(MAX_BODY_BYTES)]},
+        "app_kwargs": {"middleware": [BodyLimit.entry(MAX_BODY_BYTES), Middleware(ContentPolicy)]},
         "max_file_size": "5mb",
         "ssr_mode": False,
         "run_history": False,

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import shlex
-import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from core.errors import FuseboxError
+from core.files import write_text
 from engines.chat import ChatRequest, collect, result_of
-from engines.export import chat_record, to_csv, to_json, write_text
+from engines.export import chat_record, to_csv, to_json
 from engines.figures import token_latency_figure
 from engines.methods import BASELINE
+from engines.prompting import clean_message
 from engines.sampling import Sampling, sampling_from
 from engines.sessions import Session
 from ui import texts
@@ -28,7 +30,7 @@ FUSED = "fused"
 
 @dataclass(frozen=True)
 class ChatSettings:
-    """The form's values for one request."""
+    """The form's values for one request. `form_error`: why the techniques cannot be applied; `method` is the baseline then."""
 
     model_id: str
     method: str
@@ -37,11 +39,12 @@ class ChatSettings:
     at_once: bool
     score: bool
     sampling: Mapping[str, Any]
+    form_error: str | None = None
 
 
 @dataclass
 class ChatPage:
-    """Everything the page shows of a chat at one moment."""
+    """Everything the page shows of a chat at one moment. `asked`: the question is on its way."""
 
     baseline: ColumnView
     fused: ColumnView
@@ -49,6 +52,7 @@ class ChatPage:
     report: str = ""
     diff: str = ""
     figure: Any = None
+    asked: bool = False
     finished: bool = False
 
     def heads(self) -> tuple[str, str]:
@@ -63,90 +67,92 @@ def _fused_title(method: str) -> str:
 def empty_page(session: Session, method: str = BASELINE) -> ChatPage:
     """The page between two questions."""
     return ChatPage(
-        ColumnView("Baseline", session.histories.get(BASELINE, [])),
-        ColumnView(_fused_title(method), session.histories.get(FUSED, [])),
+        ColumnView("Baseline", session.history(BASELINE)),
+        ColumnView(_fused_title(method), session.history(FUSED)),
         table=metrics_table(None, None, ""),
         finished=True,
     )
 
 
-def _request(session: Session, message: str, settings: ChatSettings, sampling: Sampling) -> ChatRequest:
-    fused = settings.method
-    methods = (BASELINE,) if fused == BASELINE else (BASELINE, fused)
-    histories = {BASELINE: session.histories.get(BASELINE, []), fused: session.histories.get(FUSED, [])}
-    if fused == BASELINE:
-        histories = {BASELINE: session.histories.get(BASELINE, [])}
+def refused(session: Session, message: str, error: str, method: str = BASELINE) -> ChatPage:
+    """The page of a question that could not be asked: nothing of it is kept, and the box keeps its text."""
+    page = empty_page(session, method)
+    for view in (page.baseline, page.fused):
+        view.question = message if isinstance(message, str) and message.strip() else None
+        view.error, view.status = error, "failed"
+    return page
+
+
+def _request(session: Session, message: str, settings: ChatSettings) -> ChatRequest:
+    methods = (BASELINE,) if settings.method == BASELINE else (BASELINE, settings.method)
+    histories = {m: session.history(BASELINE if m == BASELINE else FUSED) for m in methods}
     return ChatRequest(
-        message=message, methods=methods, model_id=settings.model_id, dtype=settings.dtype, system=settings.system, sampling=sampling,
-        histories=histories, reverse=session.turns % 2 == 1, at_once=settings.at_once, score=settings.score,
+        message=clean_message(message), methods=methods, model_id=settings.model_id, dtype=settings.dtype, system=settings.system,
+        sampling=sampling_from(dict(settings.sampling)), histories=histories, reverse=session.asked % 2 == 1, at_once=settings.at_once,
+        score=settings.score,
     )
 
 
 def ask(services: Services, session: Session, message: str, settings: ChatSettings) -> Iterator[ChatPage]:
-    """Ask both engines; yields the page at most 30 times a second, the last time finished.
+    """Ask both engines; yields the page at most 12 times a second, the last time finished.
 
-    Errors of the request as a whole are shown in both columns; the conversation stays as it was.
+    A request that cannot be asked at all is refused in both columns; the conversation stays as it was.
     """
-    page = empty_page(session, settings.method)
-    page.finished = False
-    page.baseline.question = message if isinstance(message, str) and message.strip() else None
-    if settings.method == BASELINE:
-        page.fused.status = texts.NOTHING_ON
-    else:
-        page.fused.question = page.baseline.question
     try:
-        request = _request(session, message, settings, sampling_from(dict(settings.sampling)))
+        request = _request(session, message, settings)
         stop = session.begin()
         events = services.chat.stream(request, stop)
     except FuseboxError as error:
-        for view in (page.baseline, page.fused):
-            view.error, view.status = str(error), "failed"
-        page.finished = True
-        yield page
+        yield refused(session, message, str(error), settings.method)
         return
+    session.asked += 1
+    page = empty_page(session, settings.method)
+    page.finished, page.asked = False, True
+    page.baseline.question = request.message
     views = {BASELINE: page.baseline}
-    if settings.method != BASELINE:
+    if settings.method == BASELINE:
+        page.fused.status, page.fused.error = ("", None) if settings.form_error is None else ("failed", settings.form_error)
+        page.fused.note = None if settings.form_error else texts.NOTHING_ON
+    else:
+        page.fused.question = request.message
         views[settings.method] = page.fused
-    session.turns += 1
+    number = session.asked
     for last in paced(events, views):
         if last and session.stop is stop:  # else the visitor has cleared or asked anew meanwhile
-            _finish(services, page, request, session)
+            _finish(services, page, request, session, number)
         yield page
 
 
-def _finish(services: Services, page: ChatPage, request: ChatRequest, session: Session) -> None:
+def _finish(services: Services, page: ChatPage, request: ChatRequest, session: Session, number: int) -> None:
     answers = {view.answer.method: view.answer for view in (page.baseline, page.fused) if view.answer}
     for column, view in ((BASELINE, page.baseline), (FUSED, page.fused)):
-        session.histories.setdefault(column, []).extend(view.finished_turn())
+        turn = view.finished_turn(number)
+        if turn is not None:
+            session.turns.setdefault(column, []).append(turn)
     base, fused = page.baseline.answer, page.fused.answer
     page.table = metrics_table(base.metrics if base else None, fused.metrics if fused else None, page.fused.title)
     choice = services.chat.pool.dtype_choice(request.model_id, revision=request.revision, dtype=request.dtype)
     page.report = report_view(fused.reports if fused else (), choice.reason if choice else None)
     page.diff = answer_diff(page.baseline.text, page.fused.text)
-    page.figure = token_latency_figure({v.title: v.answer.gaps_s for v in (page.baseline, page.fused) if v.answer})
-    errors = {v.title: v.error for v in (page.baseline, page.fused) if v.error}
-    session.record = (request, answers, errors)
+    page.figure = token_latency_figure({v.title: v.answer.gaps_s for v in (page.baseline, page.fused) if v.answer}) if answers else None
+    session.record = (request, answers, {v.title: v.error for v in (page.baseline, page.fused) if v.error})
     page.finished = True
 
 
 def drop_last_turn(session: Session) -> str:
     """Take the last question and its answers back; returns the question, empty when there was none."""
-    question = ""
-    for history in session.histories.values():
-        for place in range(len(history) - 1, -1, -1):
-            if history[place]["role"] == "user":
-                question = question or history[place]["content"]
-                del history[place:]
-                break
-    return question
+    last = session.last_turn()
+    if last is None:
+        return ""
+    session.drop_from(last.number)
+    return last.question
 
 
-def cut_before_turn(session: Session, turn: int) -> None:
-    """Keep the first `turn` questions with their answers in every column."""
-    for history in session.histories.values():
-        starts = [i for i, m in enumerate(history) if m["role"] == "user"]
-        if turn < len(starts):
-            del history[starts[turn] :]
+def cut_before_turn(session: Session, column: str, place: int) -> None:
+    """Forget the `place`-th shown turn of a column and all after it, in every column."""
+    turns = session.turns.get(column, [])
+    if place < len(turns):
+        session.drop_from(turns[place].number)
 
 
 def export_files(services: Services, session: Session) -> tuple[str | None, str | None]:
@@ -154,12 +160,13 @@ def export_files(services: Services, session: Session) -> tuple[str | None, str 
     if session.record is None:
         return None, None
     request, answers, errors = session.record
-    folder = Path(tempfile.mkdtemp(prefix="fusebox-"))
+    if session.folder is None:
+        session.folder = TemporaryDirectory(prefix="fusebox-")
     choice = services.chat.pool.dtype_choice(request.model_id, revision=request.revision, dtype=request.dtype)
-    model = {"model_id": request.model_id, "baseline_dtype": None if choice is None else asdict(choice)}
-    write_text(folder / "fusebox-chat.json", to_json(chat_record(request, answers, errors, model)))
-    write_text(folder / "fusebox-chat.csv", to_csv(answers, errors))
-    return str(folder / "fusebox-chat.json"), str(folder / "fusebox-chat.csv")
+    json_path, csv_path = (Path(session.folder.name) / f"fusebox-chat.{kind}" for kind in ("json", "csv"))
+    write_text(json_path, to_json(chat_record(request, answers, errors, choice)))
+    write_text(csv_path, to_csv(answers, errors))
+    return str(json_path), str(csv_path)
 
 
 def equal_command(message: str, settings: ChatSettings) -> str:
@@ -182,14 +189,15 @@ def equal_command(message: str, settings: ChatSettings) -> str:
     return shlex.join(words)
 
 
-def chat_compare(services: Services, session: Session, request: ChatRequest) -> dict[str, Any]:
+def chat_compare(services: Services, visitor: str, request: ChatRequest) -> dict[str, Any]:
     """The API's comparison: for each method its text and metrics, or its error in words.
 
     Raises:
         FuseboxError: the request as a whole is unusable.
     """
-    result = result_of(*collect(services.chat.stream(request, session.begin())))
+    with services.api_stop(visitor) as stop:
+        result = result_of(*collect(services.chat.stream(request, stop)))
     return {
         column: {"error": result.errors[column]} if column in result.errors else {"text": result.response[column], "metrics": dict(result.metrics[column])}
-        for column in request.methods
+        for column in dict.fromkeys(m.strip() for m in request.methods)
     }

@@ -7,10 +7,12 @@ from typing import Any
 
 import gradio as gr
 
+from engines.methods import BASELINE
 from engines.sampling import Sampling
 from ui import chat_handlers as handlers
 from ui import texts
 from ui.chat_events import ChatEvents
+from ui.chat_handlers import FUSED
 from ui.services import Services, on_space
 from ui.technique_form import create_technique_form, form_inputs
 
@@ -44,6 +46,8 @@ class _Actions:
     json_file: gr.DownloadButton
     csv_file: gr.DownloadButton
     command: gr.Code
+    unload: gr.Button
+    unloaded: gr.Markdown
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,8 @@ class _Page:
     def outputs(self) -> list[gr.components.Component]:
         """The components a page is drawn into, in the order of `chat_events.draw`."""
         c, r = self.chats, self.results
-        return [c.baseline_head, c.fused_head, c.baseline_chat, c.fused_chat, r.table, r.report, r.diff, r.figure, c.send, c.stop]
+        buttons = [c.send, self.actions.regenerate, self.actions.undo, c.stop]
+        return [c.baseline_head, c.fused_head, c.baseline_chat, c.fused_chat, r.table, r.report, r.diff, r.figure, *buttons]
 
 
 def _create_sampling() -> list[gr.components.Component]:
@@ -125,29 +130,34 @@ def _create_results() -> tuple[_Results, _Actions]:
     figure = gr.Plot(label="Time of each token", show_label=False, visible=False, elem_id="latency")
     diff = gr.HTML(elem_id="diff")
     command = gr.Code(label="The same from a terminal", language="shell", interactive=False, elem_id="command", lines=1, wrap_lines=True)
-    return _Results(table, report, diff, figure), _Actions(regenerate, undo, clear, json_file, csv_file, command)
+    with gr.Row():
+        unload = gr.Button("Unload models", size="sm", min_width=120, scale=0, elem_id="unload")
+        unloaded = gr.Markdown()
+    return _Results(table, report, diff, figure), _Actions(regenerate, undo, clear, json_file, csv_file, command, unload, unloaded)
 
 
 def _wire(events: ChatEvents, page: _Page, inputs: list[Any]) -> None:
     chats, actions, message = page.chats, page.actions, page.message
-    outputs = page.outputs
+    outputs, files = page.outputs, [page.actions.json_file, page.actions.csv_file]
     answering: dict[str, Any] = {"concurrency_limit": 16, "concurrency_id": "chat", "show_progress": "hidden", **_PRIVATE}
     quiet: dict[str, Any] = {"show_progress": "hidden", **_PRIVATE}
     answers = [
-        trigger(events.on_send, [message, *inputs], [message, *outputs], **answering) for trigger in (message.submit, chats.send.click)
+        gr.on([message.submit, chats.send.click], events.on_send, [message, *inputs], [message, *outputs], trigger_mode="once", **answering),
+        actions.regenerate.click(events.on_regenerate, inputs, outputs, **answering),
     ]
-    answers.append(actions.regenerate.click(events.on_regenerate, inputs, outputs, **answering))
-    for chat in (chats.baseline_chat, chats.fused_chat):
-        answers.append(chat.edit(events.on_edit, [chat, *inputs], outputs, **answering))
+    for column, chat in ((BASELINE, chats.baseline_chat), (FUSED, chats.fused_chat)):
+        answers.append(chat.edit(events.on_edit, [chat, gr.State(column), *inputs], outputs, **answering))
     for answer in answers:
-        answer.then(events.on_done, None, [actions.json_file, actions.csv_file], **quiet)
+        answer.then(events.on_done, None, files, **quiet)
     chats.stop.click(events.on_stop, None, None, queue=False, **quiet)
     actions.undo.click(events.on_undo, None, [message, *outputs], cancels=answers, **quiet)
     for clear in (actions.clear.click, chats.baseline_chat.clear, chats.fused_chat.clear):
-        clear(events.on_clear, None, outputs, cancels=answers, **quiet)
+        clear(events.on_clear, None, outputs, cancels=answers, **quiet).then(events.on_done, None, files, **quiet)
+    actions.unload.click(events.on_unload, None, actions.unloaded, **quiet)
     preview = [actions.command, chats.baseline_head, chats.fused_head]
-    changes = [c.change for c in [message, *inputs]]
-    gr.on(changes, events.on_change, [message, *inputs], preview, queue=False, trigger_mode="always_last", **quiet)
+    at_change: dict[str, Any] = {"queue": False, "trigger_mode": "always_last", **quiet}
+    gr.on([c.change for c in inputs], events.on_change, [message, *inputs], preview, **at_change)
+    message.change(events.command, [message, *inputs], actions.command, **at_change)
     root = gr.context.Context.root_block
     assert root is not None
     root.load(events.on_load, inputs, [*preview, chats.baseline_chat, chats.fused_chat], **quiet)

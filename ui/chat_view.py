@@ -10,15 +10,19 @@ from typing import Any
 from engines.chat import ChatEvent, ColumnDone, ColumnFailed, ColumnStatus, ColumnText, Tick
 from engines.engine import Answer
 from engines.prompting import Message
+from engines.sessions import Turn
 from ui.safe_text import show_html, show_markdown
 
-UPDATES_PER_S = 30.0
+UPDATES_PER_S = 12.0  # more only keeps the browser from painting
 IDLE_UPDATES_PER_S = 4.0
 
 
 @dataclass
 class ColumnView:
-    """One column: the conversation before this question, and what came of the answer so far."""
+    """One column: the conversation before this question, and what came of the answer so far.
+
+    `changed`: something is to be drawn since `changed` was last cleared.
+    """
 
     title: str
     history: Sequence[Message]
@@ -26,7 +30,9 @@ class ColumnView:
     pieces: list[str] = field(default_factory=list)
     status: str = ""
     error: str | None = None
+    note: str | None = None
     answer: Answer | None = None
+    changed: bool = True
 
     @property
     def text(self) -> str:
@@ -35,6 +41,7 @@ class ColumnView:
 
     def apply(self, event: ChatEvent) -> None:
         """Take in one event of this column."""
+        self.changed = True
         if isinstance(event, ColumnText):
             self.pieces.append(event.text)
         elif isinstance(event, ColumnStatus):
@@ -51,15 +58,15 @@ class ColumnView:
             shown.append({"role": "user", "content": show_markdown(self.question)})
         if self.text:
             shown.append({"role": "assistant", "content": show_markdown(self.text)})
+        if self.note:
+            shown.append({"role": "assistant", "content": f"*{self.note}*"})
         if self.error:
             shown.append({"role": "assistant", "content": f"**Not answered.** {show_markdown(self.error)}"})
         return shown
 
-    def finished_turn(self) -> list[Message]:
-        """The turn to add to the history; a failed column keeps nothing of it."""
-        if self.question is None or self.answer is None:
-            return []
-        return [{"role": "user", "content": self.question}, {"role": "assistant", "content": self.text}]
+    def finished_turn(self, number: int) -> Turn | None:
+        """The turn to keep; None for a failed column."""
+        return None if self.question is None or self.answer is None else Turn(number, self.question, self.text)
 
 
 def status_line(view: ColumnView) -> str:
@@ -80,7 +87,7 @@ def _done_text(view: ColumnView) -> str:
 
 
 def paced(events: Iterator[ChatEvent], views: dict[str, ColumnView]) -> Iterator[bool]:
-    """Feed events to their columns; yields when it is time to draw, True the last time. Never more than 30 a second.
+    """Feed events to their columns; yields when it is time to draw, True the last time. Never more than 12 a second.
 
     Closing this iterator closes the events, which stops the engines.
     """

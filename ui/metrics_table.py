@@ -20,13 +20,18 @@ GROUPS: dict[str, tuple[str, ...]] = {
 _TIMES = frozenset(GROUPS["Time"] + GROUPS["Efficiency"])
 
 
-def _ratio_cell(name: str, baseline: Any, fused: Any, comparable: bool) -> str:
+_BY_LENGTH = frozenset({"total_s", "kv_in_use_bytes", "kv_reserved_bytes"})
+
+
+def _ratio_cell(name: str, baseline: Any, fused: Any, comparable: bool, same_length: bool) -> str:
     better = METRICS[name]["better"]
     if isinstance(baseline, str) or isinstance(fused, str) or METRICS[name]["unit"] == "share":
         return "<td></td>"
     if name in _TIMES and not comparable:
         return f'<td title="Both engines ran at once and shared the cores.">{NOT_MEASURED}</td>'
     text = format_ratio(fused, baseline)
+    if name in _BY_LENGTH and not same_length:
+        return f'<td title="The answers differ in length, so this ratio is not a gain or a loss.">{text}</td>'
     if text == NOT_MEASURED or better is None or abs(fused / baseline - 1) < 0.005:
         return f"<td>{text}</td>"
     good = (fused < baseline) == (better == "low")
@@ -38,6 +43,7 @@ def metrics_table(baseline: ChatMetrics | None, fused: ChatMetrics | None, fused
     if baseline is None and fused is None:
         return f'<p class="empty-note">{texts.EMPTY_METRICS}</p>'
     comparable = all(m is None or m.times_comparable for m in (baseline, fused))
+    same_length = baseline is None or fused is None or baseline.output_tokens == fused.output_tokens
     rows = []
     for group, names in GROUPS.items():
         rows.append(f'<tr class="group"><th colspan="4" scope="colgroup">{group}</th></tr>')
@@ -49,7 +55,7 @@ def metrics_table(baseline: ChatMetrics | None, fused: ChatMetrics | None, fused
             rows.append(
                 f'<tr data-metric="{name}"><th scope="row"><span tabindex="0" class="defined" title="{definition}">{title}</span></th>'
                 f"<td>{show_html(format_metric(name, left))}</td><td>{show_html(format_metric(name, right))}</td>"
-                f"{_ratio_cell(name, left, right, comparable)}</tr>"
+                f"{_ratio_cell(name, left, right, comparable, same_length)}</tr>"
             )
     note = "" if comparable else '<p class="warn-note">Both engines ran at once: their times are not comparable.</p>'
     return (

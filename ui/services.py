@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from core.loading import embedded_models
+from core.progress import Stop
 from engines.chat import ChatService
 from engines.pool import EnginePool
 from engines.sessions import SessionRegistry
@@ -20,8 +23,28 @@ def on_space() -> bool:
 class Services:
     """Engines and visitors. One instance an app."""
 
+    api_stops: dict[str, set[Stop]] = field(default_factory=dict)
     chat: ChatService = field(default_factory=lambda: ChatService(EnginePool(allow_local=not on_space())))
     sessions: SessionRegistry = field(default_factory=SessionRegistry)
+
+    @contextmanager
+    def api_stop(self, visitor: str) -> Iterator[Stop]:
+        """A stop flag for one API call, raised when its client leaves."""
+        stop = Stop()
+        self.api_stops.setdefault(visitor, set()).add(stop)
+        try:
+            yield stop
+        finally:
+            stops = self.api_stops.get(visitor, set())
+            stops.discard(stop)
+            if not stops:
+                self.api_stops.pop(visitor, None)
+
+    def leave(self, visitor: str) -> None:
+        """A visitor's tab was closed or a client went away: stop what runs for them and forget them."""
+        for stop in list(self.api_stops.get(visitor, ())):
+            stop.request()
+        self.sessions.unload(visitor)
 
     def models(self) -> list[str]:
         """Models to offer; any hub id or folder may be typed as well."""

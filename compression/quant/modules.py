@@ -44,7 +44,8 @@ def nf4_linear(layer: nn.Module, block_size: int, double_quant: bool) -> nn.Modu
     new.weight = bnb.nn.Params4bit(packed, requires_grad=False, quant_state=state, blocksize=block_size,
                                    compress_statistics=double_quant, quant_type="nf4", bnb_quantized=True, module=new)
     new.quant_state = state
-    new.support_avx512bf16_for_cpu = fused_nf4_runs(new, block_size)
+    # The fused kernel keeps scales in bf16; asked for 8-bit scales, keep those and unpack at each call.
+    new.support_avx512bf16_for_cpu = fused_nf4_runs(new, block_size) and not double_quant
     _set_bias(new, bias)
     new.eval()
     with torch.inference_mode():  # the fused kernel repacks at its first call; do it here, so that bytes are final

@@ -39,6 +39,7 @@ class _BitsAndBytes(Technique):
         Raises:
             UnsupportedModel: nothing to quantise.
         """
+        super().check(bundle)
         if not any(next(layer.parameters()).is_floating_point() for _, layer in quantisable_layers(bundle.model)):
             raise UnsupportedModel(f"{self.name}: {bundle.info.model_id} has no full-precision linear layer to quantise.")
 
@@ -105,7 +106,7 @@ class BnbNf4(_BitsAndBytes):
     summary: ClassVar[str] = "NormalFloat4: weights as 4-bit codes in blocks with one scale each."
 
     block_size: int = option(64, "Weights that share a scale", choices=(64, 128, 256, 512, 1024))
-    double_quant: bool = option(False, "Store the scales in 8 bits too")
+    double_quant: bool = option(False, "Store the scales in 8 bits too; the fused CPU kernel cannot use them, so weights are then unpacked at each call")
 
     def quantise(self, layer: nn.Module) -> nn.Module:
         """The layer in nf4."""

@@ -159,5 +159,6 @@ def train_backbone(
         progress=progress,
         stop=stop,
     )
-    model.bfloat16().save_pretrained(output)
+    if report.stopped is None:
+        model.bfloat16().save_pretrained(output)
     return report

@@ -8,9 +8,15 @@ from dataclasses import dataclass
 NEGATIONS = frozenset(
     ["no", "not", "never", "none", "nothing", "nobody", "nowhere", "neither", "nor", "without", "cannot", "except", "unless", "hardly", "barely", "seldom", "rarely"]
 )
+NUMBER_WORDS = frozenset(
+    ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety", "hundred", "thousand", "million", "billion", "trillion", "half", "third", "quarter", "twice"]
+)
+# Words that often open a sentence; any other capital there may be a name and stays.
+COMMON_OPENERS = frozenset(
+    ["a", "an", "the", "this", "that", "these", "those", "it", "its", "he", "she", "we", "you", "they", "i", "there", "here", "what", "how", "why", "when", "where", "who", "which", "whose", "in", "on", "at", "to", "of", "for", "from", "by", "with", "as", "if", "and", "but", "or", "so", "yet", "also", "then", "thus", "while", "although", "because", "since", "after", "before", "during", "many", "some", "most", "all", "each", "every", "both", "such", "other", "one", "can", "could", "will", "would", "should", "may", "might", "must", "is", "are", "was", "were", "do", "does", "did", "has", "have", "had", "be", "please", "explain", "describe", "summarise", "summarize", "tell", "give", "write", "list", "show"]
+)
 ABBREVIATIONS = frozenset(["mr.", "mrs.", "ms.", "dr.", "prof.", "st.", "vs.", "e.g.", "i.e.", "etc.", "fig.", "no.", "cf.", "al.", "jr.", "sr."])
 _SENTENCE_END = re.compile(r"[.!?:;\u2026\u3002\uff01\uff1f][\"')\]\u201d\u2019]*$")
-_EDGES = re.compile(r"^([^\w]*)(.*?)([^\w]*)$", re.DOTALL)
 _PIECES = re.compile(r"\S+|\s+")
 _FENCE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]*`)", re.DOTALL)
 
@@ -24,6 +30,12 @@ class RemovalResult:
     removed: tuple[str, ...]
 
 
+def _edges(word: str) -> tuple[str, str, str]:
+    """Opening marks, core, closing marks of a word."""
+    inner = [place for place, char in enumerate(word) if char.isalnum() or char == "_"]
+    return (word[: inner[0]], word[inner[0] : inner[-1] + 1], word[inner[-1] + 1 :]) if inner else (word, "", "")
+
+
 def ends_sentence(word: str) -> bool:
     """True when a word closes a sentence; abbreviations do not."""
     return bool(_SENTENCE_END.search(word)) and word.lower() not in ABBREVIATIONS
@@ -31,15 +43,15 @@ def ends_sentence(word: str) -> bool:
 
 def is_protected(word: str, starts_sentence: bool) -> bool:
     """True for a word that must stay: numbers, names, negations, ends of sentences, opened quotes, addresses."""
-    opening, core, _ = _EDGES.match(word).groups()  # type: ignore[union-attr]
+    opening, core, _ = _edges(word)
     if not core or opening or any(c.isdigit() for c in core) or ends_sentence(word):
         return True
     lower = core.lower().replace("\u2019", "'")
-    if lower in NEGATIONS or word.lower() in ABBREVIATIONS or lower.endswith("n't"):
+    if lower in NEGATIONS or lower in NUMBER_WORDS or word.lower() in ABBREVIATIONS or lower.endswith("n't"):
         return True
     if any(c in core for c in "/\\@_=<>{}"):
         return True
-    is_name = core[0].isupper() and not starts_sentence and lower != "i"
+    is_name = core[0].isupper() and lower != "i" and not (starts_sentence and lower in COMMON_OPENERS)
     is_acronym = len(core) > 1 and core.isupper()
     return is_name or is_acronym
 
@@ -85,7 +97,7 @@ def remove_words(text: str, every: int, minimum_words: int = 0) -> RemovalResult
 
 def _drop(kept: list[str], word: str) -> None:
     """Leave `word` out of the text built so far: one blank goes with it, its trailing comma moves to the word before."""
-    closing = _EDGES.match(word).group(3)  # type: ignore[union-attr]
+    closing = _edges(word)[2]
     if kept and kept[-1] == " ":
         kept.pop()
     if closing and kept and kept[-1][-1:].isalnum():

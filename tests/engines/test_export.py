@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -16,20 +17,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core.bundle import ModelInfo
+from core.files import write_text
 from core.provenance import provenance
 from engines.chat import ChatRequest, ChatService, collect
 from engines.engine import Answer
-from engines.export import answer_record, chat_record, plain, safe_cell, to_csv, to_json, write_text
+from engines.dtype_choice import DtypeChoice
+from engines.export import answer_record, chat_record, plain, safe_cell, to_csv, to_json
 from engines.metrics import METRICS, ChatMetrics
 from engines.pool import EnginePool
 from engines.prompting import Prompt
 
 NAN = float("nan")
+MODEL = ModelInfo("tiny", "abc", "float32", "local")
 
 
 def made(text: str = "An answer.", **metrics: Any) -> Answer:
     """An answer nobody computed."""
-    return Answer("baseline", text, (1, 2), Prompt((3, 4, 5), "<|user|>Q<|end|>", 3), (0.25,), replace(ChatMetrics(ttft_s=0.5, output_tokens=2), **metrics), ())
+    return Answer("baseline", text, (1, 2), Prompt((3, 4, 5), "<|user|>Q<|end|>", 3), (0.25,), MODEL, replace(ChatMetrics(ttft_s=0.5, output_tokens=2), **metrics), ())
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +72,11 @@ def rows_of(text: str) -> list[dict[str, str]]:
 
 def test_record_of_a_comparison_round_trips_as_strict_json(comparison: tuple[ChatRequest, dict[str, Answer], dict[str, str]]) -> None:
     request, answers, errors = comparison
-    record = strict(to_json(chat_record(request, answers, errors, {"id": "tiny", "revision": "abc"})))
-    assert record["model"] == {"id": "tiny", "revision": "abc"}
+    record = strict(to_json(chat_record(request, answers, errors, DtypeChoice("float32", {"float32": 0.001, "bfloat16": NAN}, "faster"))))
+    assert record["model"] == {
+        **asdict(answers["baseline"].model), "dtype_choice": {"dtype": "float32", "step_s": {"float32": 0.001, "bfloat16": None}, "reason": "faster"},
+    }
+    assert record["model"]["revision"]
     assert record["request"]["message"] == request.message
     assert record["request"]["sampling"]["seed"] == 0
     assert record["order"] == list(reversed(request.methods))
@@ -77,6 +85,7 @@ def test_record_of_a_comparison_round_trips_as_strict_json(comparison: tuple[Cha
     for column, answer in answers.items():
         mine = record["answers"][column]
         assert (mine["method"], mine["text"], mine["prompt"]) == (answer.method, answer.text, answer.prompt.text)
+        assert mine["prompt_sha256"] == hashlib.sha256(answer.prompt.text.encode()).hexdigest()
         assert mine["metrics"] == asdict(answer.metrics)
         assert mine["token_gaps_s"] == pytest.approx(answer.gaps_s, abs=1e-6)
     reports = record["answers"]["bnb_int8+word_removal"]["reports"]
@@ -85,7 +94,7 @@ def test_record_of_a_comparison_round_trips_as_strict_json(comparison: tuple[Cha
 
 
 def test_record_says_on_what_it_was_measured(comparison: tuple[ChatRequest, dict[str, Answer], dict[str, str]]) -> None:
-    record = chat_record(*comparison, {})
+    record = chat_record(*comparison, None)
     machine = record["provenance"]
     assert machine["packages"]["torch"] and machine["packages"]["transformers"]
     assert machine["threads"] >= 1
@@ -120,6 +129,11 @@ def test_plain_values_round_trip(value: Any) -> None:
     assert strict(to_json({"value": value})) == {"value": value}
 
 
+def test_record_without_an_answer_names_the_model_that_was_asked_for() -> None:
+    record = chat_record(ChatRequest("Q?", ("baseline",), "owner/name"), {}, {"baseline": "no such model"}, None)
+    assert record["model"] == {"model_id": "owner/name", "dtype_choice": None}
+
+
 def test_enums_are_written_by_value_and_keys_as_text() -> None:
     class Colour(Enum):
         RED = "red"
@@ -130,7 +144,7 @@ def test_enums_are_written_by_value_and_keys_as_text() -> None:
 def test_record_of_a_request_with_histories_is_json(comparison: tuple[ChatRequest, dict[str, Answer], dict[str, str]]) -> None:
     request, answers, errors = comparison
     told = replace(request, histories={"baseline": ({"role": "user", "content": "Hi \u2028 \"there\"</script>"},)})
-    record = strict(to_json(chat_record(told, answers, errors, {})))
+    record = strict(to_json(chat_record(told, answers, errors, None)))
     assert record["request"]["histories"]["baseline"][0]["content"] == "Hi \u2028 \"there\"</script>"
 
 
@@ -144,7 +158,7 @@ def test_secrets_of_the_environment_are_nowhere_in_a_record(
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
     request = ChatRequest("How do machines learn?", ("baseline", "nonsense"), str(model_folder), dtype="float32")
     answers, errors = collect(ChatService(EnginePool()).stream(request))
-    record = chat_record(request, answers, errors, {"id": request.model_id})
+    record = chat_record(request, answers, errors, None)
     assert record["provenance"]["packages"]["torch"]  # it was really made
     assert "secretvalue" not in to_json(record) + to_csv(answers, errors)
     assert os.environ["HF_TOKEN"] == "secretvalue"
@@ -268,7 +282,7 @@ def test_lone_surrogate_in_a_record_can_be_written(comparison: tuple[ChatRequest
     """A client may have sent one in a history; the file of the comparison must still be made."""
     request, answers, errors = comparison
     told = replace(request, histories={"baseline": ({"role": "user", "content": "a \ud800 b"},)})
-    write_text(tmp_path / "r.json", to_json(chat_record(told, answers, errors, {})))
+    write_text(tmp_path / "r.json", to_json(chat_record(told, answers, errors, None)))
     assert strict((tmp_path / "r.json").read_text("utf-8"))["request"]["histories"]["baseline"][0]["content"].startswith("a ")
 
 

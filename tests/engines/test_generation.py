@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from core import decoding
 from core.bundle import Bundle, ModelInfo
 from core.loading import load_bundle
 from core.progress import Stop
@@ -92,14 +93,14 @@ def test_sampled_ids_equal_transformers_generate_of_the_same_seed(bundles: dict[
 @pytest.mark.parametrize("chunk", [1, 4, 10])
 def test_chunked_prefill_gives_the_same_ids(bundles: dict[str, Bundle], family: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = ids_of(events_of(bundles[family], Sampling(max_new_tokens=12)))
-    monkeypatch.setattr(generation, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(decoding, "PREFILL_CHUNK", chunk)
     assert ids_of(events_of(bundles[family], Sampling(max_new_tokens=12))) == whole
 
 
 def test_prefill_runs_in_chunks_of_the_set_size(llama: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths: list[int] = []
     handle = llama.model.register_forward_pre_hook(lambda _, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
-    monkeypatch.setattr(generation, "PREFILL_CHUNK", 4)
+    monkeypatch.setattr(decoding, "PREFILL_CHUNK", 4)
     try:
         events_of(llama, Sampling(max_new_tokens=3))
     finally:
@@ -173,7 +174,7 @@ def test_stop_between_two_tokens_decodes_no_more(llama: Bundle) -> None:
 
 
 def test_stop_during_prefill_ends_at_the_next_chunk(llama: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "PREFILL_CHUNK", 2)
+    monkeypatch.setattr(decoding, "PREFILL_CHUNK", 2)
     stop, chunks = Stop(), []
 
     def hook(*_: object) -> None:

@@ -85,7 +85,6 @@ def test_order_of_typing_does_not_matter() -> None:
     ("one", "other"),
     [
         ("word_removal:every=4", "word_removal:every=4.0"),
-        ("word_removal:minimum_words=8", "word_removal:minimum_words=8.0"),
         ("bnb_int8:share=0", "bnb_int8:share=0.0"),
         ("bnb_int8:share=0", "bnb_int8:share=-0.0"),
         ("bnb_int8:threshold=3,share=0.5", "bnb_int8:share=.50,threshold=3.0"),

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from core.bundle import Bundle
 from core.errors import InvalidRequest, PromptTooLong
+from engines import prompting
 from engines.prompting import MAX_CHARACTERS, Message, build_prompt, check_context, clean_message
 from optim.word_removal.technique import WordRemoval
 
@@ -84,17 +88,26 @@ def test_model_without_template_gets_its_first_token_once(plain: Callable[[str],
     assert bundle.tokenizer.bos_token_id not in ids[1:]
 
 
+class Disguised:
+    """A tokenizer without a chat template, whose call is another one."""
+
+    chat_template = None
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, call: Callable[[str], list[int]]) -> None:
+        self._tokenizer, self._call = tokenizer, call
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": self._call(text)}
+
+
 def test_end_token_that_a_tokenizer_appends_is_left_out(shared_bundle: Bundle) -> None:
     """T5-style tokenizers close each text; a prompt that ends so would end the answer before it began."""
     tokenizer = shared_bundle.tokenizer
-
-    class Closing:
-        chat_template, eos_token_id, all_special_tokens = None, tokenizer.eos_token_id, tokenizer.all_special_tokens
-
-        def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
-            return {"input_ids": [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]}
-
-    ids = build_prompt(replace(shared_bundle, tokenizer=Closing()), [user("learning")]).ids  # type: ignore[arg-type]
+    closing = Disguised(tokenizer, lambda text: [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id])
+    ids = build_prompt(replace(shared_bundle, tokenizer=closing), [user("learning")]).ids  # type: ignore[arg-type]
     assert list(ids) == tokenizer("learning", add_special_tokens=False)["input_ids"]
 
 
@@ -207,16 +220,10 @@ def test_huge_message_is_refused_before_it_is_copied() -> None:
 
 def test_huge_conversation_is_refused_before_tokenising(shared_bundle: Bundle) -> None:
     """10,000 turns of allowed size: the tokenizer must not see them."""
-
-    class Watched:
-        chat_template, eos_token_id, all_special_tokens = None, None, ()
-
-        def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
-            raise AssertionError(f"{len(text):,} characters were tokenised")
-
+    watched = Disguised(shared_bundle.tokenizer, lambda text: pytest.fail(f"{len(text):,} characters were tokenised"))
     messages: list[Message] = [*[user("a" * 1000)] * 10_000, user("hello")]
     with pytest.raises(InvalidRequest, match="characters"):
-        build_prompt(replace(shared_bundle, tokenizer=Watched()), messages)  # type: ignore[arg-type]
+        build_prompt(replace(shared_bundle, tokenizer=watched), messages)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -235,6 +242,17 @@ def test_huge_conversation_is_refused_before_tokenising(shared_bundle: Bundle) -
 def test_template_that_fails_is_reported_in_words(templated: Callable[[str], Bundle], template: str, why: str) -> None:
     with pytest.raises(InvalidRequest, match=rf"(?i)template.*({why})"):
         build_prompt(templated(template), [user("hello")])
+
+
+def test_template_that_does_not_end_is_ended(templated: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompting, "TEMPLATE_SECONDS", 0.2)
+    forever = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    began = time.perf_counter()
+    with pytest.raises(InvalidRequest, match="template did not finish"):
+        build_prompt(templated(forever), [user("hello")])
+    assert time.perf_counter() - began < 30
+    assert sys.gettrace() is None or "deadline" not in str(sys.gettrace())
+    assert build_prompt(templated("{{ messages[0].content }}"), [user("hello")]).text == "hello"
 
 
 def test_template_that_writes_a_huge_text_is_refused_before_tokenising(templated: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core.bundle import ModelInfo
 from core.units import NOT_MEASURED
 from engines.chat import MAX_COLUMNS, result_of
 from engines.engine import Answer
@@ -18,7 +19,7 @@ from engines.metrics import METRICS, ChatMetrics, percentile
 from engines.prompting import Prompt
 
 METRIC = ChatMetrics(ttft_s=0.5, output_tokens=3, weights_in_use_bytes=2**20, agreement_share=0.25, times_comparable=False, chars_s=12.345)
-ANSWER = Answer("baseline", "An answer.", (1, 2, 3), Prompt((3,), "Q", 1), (0.25, 0.5), METRIC, ())
+ANSWER = Answer("baseline", "An answer.", (1, 2, 3), Prompt((3,), "Q", 1), (0.25, 0.5), ModelInfo("tiny", "abc", "float32", "local"), METRIC, ())
 
 
 def test_result_holds_texts_metrics_errors_and_the_latency_figure() -> None:

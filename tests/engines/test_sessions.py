@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import pytest
 
 import engines.sessions as sessions_module
 from core.progress import Stop
-from engines.sessions import Session, SessionRegistry
+from engines.sessions import Session, SessionRegistry, Turn
 
 
 class Clock:
@@ -37,10 +40,10 @@ def running(session: Session) -> Stop:
 def test_visitor_gets_the_same_session_again_and_another_one_another() -> None:
     registry = SessionRegistry()
     session = registry.get("ann")
-    session.histories["baseline"] = [{"role": "user", "content": "hello"}]
+    session.turns["baseline"] = [Turn(1, "hello", "hi")]
     assert registry.get("ann") is session
     assert registry.get("bob") is not session
-    assert registry.get("bob").histories == {}
+    assert registry.get("bob").turns == {}
 
 
 def test_too_many_sessions_drop_the_least_recently_used_and_halt_it() -> None:
@@ -120,3 +123,80 @@ def test_many_threads_never_exceed_the_capacity() -> None:
         thread.join()
     assert too_many == []
     assert len(registry) == 5
+
+
+def told() -> Session:
+    """Three questions; word_removal failed the second, bnb_int8 answered the first only."""
+    return Session(turns={
+        "baseline": [Turn(1, "one?", "a1"), Turn(2, "two?", "a2"), Turn(3, "three?", "a3")],
+        "word_removal": [Turn(1, "one?", "b1"), Turn(3, "three?", "b3")],
+        "bnb_int8": [Turn(1, "one?", "c1")],
+    }, asked=3)
+
+
+def test_history_is_the_column_s_own_conversation() -> None:
+    assert told().history("word_removal") == [
+        {"role": "user", "content": "one?"}, {"role": "assistant", "content": "b1"},
+        {"role": "user", "content": "three?"}, {"role": "assistant", "content": "b3"},
+    ]
+    assert told().history("stranger") == []
+
+
+def test_history_is_a_copy() -> None:
+    session = told()
+    session.history("baseline").clear()
+    session.history("baseline")[0]["content"] = "changed"
+    assert session.history("baseline")[0]["content"] == "one?"
+
+
+def test_dropping_a_question_takes_it_and_all_later_ones_from_every_column() -> None:
+    session = told()
+    session.drop_from(2)
+    assert {c: [t.number for t in turns] for c, turns in session.turns.items()} == {"baseline": [1], "word_removal": [1], "bnb_int8": [1]}
+
+
+def test_last_turn_is_the_newest_any_column_answered() -> None:
+    session = told()
+    last = session.last_turn()
+    assert last is not None and (last.number, last.question) == (3, "three?")
+    assert Session().last_turn() is None
+    session.drop_from(1)
+    assert session.last_turn() is None
+
+
+def test_snapshot_is_not_touched_by_what_follows() -> None:
+    session = told()
+    before = session.snapshot()
+    session.turns["baseline"].append(Turn(4, "four?", "a4"))
+    session.drop_from(2)
+    assert before == told().turns
+
+
+def test_new_request_ends_the_one_before_it() -> None:
+    session = Session()
+    first = session.begin()
+    second = session.begin()
+    assert first.requested
+    assert not second.requested
+    assert session.stop is second
+
+
+def test_abandoned_request_is_ended_and_forgotten() -> None:
+    session = Session()
+    stop = session.begin()
+    session.abandon()
+    assert stop.requested
+    assert session.stop is None
+    session.halt()  # nothing runs: nothing happens
+
+
+def test_files_of_a_visitor_go_with_the_session() -> None:
+    registry = SessionRegistry()
+    session = registry.get("ann")
+    session.folder = TemporaryDirectory()
+    folder = Path(session.folder.name)
+    assert folder.is_dir()
+    registry.unload("ann")
+    del session
+    gc.collect()
+    assert not folder.exists()
