@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -14,7 +14,7 @@ class Architecture:
     """One family. Module names are relative to a decoder block unless they start at the model's root.
 
     norm_placement: "pre" | "post" | "parallel" (attention and MLP read the same residual).
-    fused: module name -> the projections it holds side by side, in order.
+    fused: module name -> the projections it holds, in order: all of one after all of the other, or head by head when `fused_by_head`.
     conv1d: linear layers are transformers' Conv1D, weight stored [in, out].
     """
 
@@ -34,6 +34,7 @@ class Architecture:
     norm_placement: str = "pre"
     conv1d: bool = False
     fused: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    fused_by_head: bool = False
 
     def block_list(self, model: nn.Module) -> nn.ModuleList:
         """The decoder blocks of a model of this family."""
@@ -87,12 +88,12 @@ _GPT_NEOX = Architecture(
     model_type="gpt_neox", blocks="gpt_neox.layers", attention="attention", qkv=("attention.query_key_value",),
     output="attention.dense", mlp_in=("mlp.dense_h_to_4h",), mlp_out="mlp.dense_4h_to_h", attention_norm="input_layernorm",
     mlp_norm="post_attention_layernorm", final_norm="gpt_neox.final_layer_norm", embedding="gpt_neox.embed_in",
-    head="embed_out", norm_placement="parallel", fused={"attention.query_key_value": ("q", "k", "v")},
+    norm_placement="parallel", fused={"attention.query_key_value": ("q", "k", "v")}, fused_by_head=True,
 )
 
 FAMILIES: dict[str, Architecture] = {
     **{name: _llama_like(name) for name in ("llama", "qwen2", "qwen3", "mistral", "granite")},
-    "phi": _PHI, "gpt2": _GPT2, "gpt_neox": _GPT_NEOX, "opt": _opt("pre"), "opt_post_norm": _opt("post"),
+    "phi": _PHI, "gpt2": _GPT2, "gpt_neox": _GPT_NEOX, "gpt_neox_sequential": replace(_GPT_NEOX, norm_placement="pre"), "opt": _opt("pre"), "opt_post_norm": _opt("post"),
 }
 """SmolLM checkpoints are of model type llama."""
 
@@ -103,6 +104,8 @@ def family_of(model: nn.Module) -> str:
     name = str(getattr(config, "model_type", type(model).__name__))
     if name == "opt" and not config.do_layer_norm_before:  # type: ignore[union-attr]
         return "opt_post_norm"
+    if name == "gpt_neox" and not config.use_parallel_residual:  # type: ignore[union-attr]
+        return "gpt_neox_sequential"
     return name
 
 

@@ -84,7 +84,7 @@ def tensors_of(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
     """Every tensor that modules hold: parameters, buffers, and tensors kept as plain attributes (quantisation states)."""
     for root in modules:
         for module in root.modules():
-            yield from _tensors_in(vars(module), depth=3)
+            yield from _tensors_in(vars(module), depth=6)
 
 
 def _tensors_in(value: Any, depth: int) -> Iterator[Tensor]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,41 +26,60 @@ class Document:
     shard: str
 
 
-def read_jsonl(path: Path) -> Iterator[dict]:
+def _text_of(path: Path) -> str:
+    """The text of a plain or zstd-compressed file."""
+    if path.suffix != ".zst":
+        return path.read_text(encoding="utf-8")
+    import zstandard
+
+    unpacker = zstandard.ZstdDecompressor().decompressobj()
+    try:
+        data = unpacker.decompress(path.read_bytes())
+    except zstandard.ZstdError as error:
+        raise CalibrationError(f"{path.name} is not zstd, or broken: {error}.") from error
+    if not unpacker.eof:
+        raise CalibrationError(f"{path.name} is cut off. Copy it again.")
+    return data.decode("utf-8")
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a `.jsonl` or `.jsonl.zst` file.
 
     Raises:
-        InvalidRequest: a line is not JSON; names the line.
+        CalibrationError: the file is cut, broken or not UTF-8.
+        InvalidRequest: a line is no JSON object; names the line.
     """
-    if path.suffix == ".zst":
-        import zstandard
-
-        raw: io.TextIOBase = io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(path.open("rb")), encoding="utf-8")
-    else:
-        raw = path.open(encoding="utf-8")
-    with raw:
-        for number, line in enumerate(raw, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise InvalidRequest(f"{path.name}, line {number} is not JSON: {error.msg}.") from error
+    try:
+        lines = _text_of(path).split("\n")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{path.name} is not UTF-8 text.") from error
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InvalidRequest(f"{path.name}, line {number} is not JSON: {error.msg}.") from error
+            if not isinstance(row, dict):
+                raise InvalidRequest(f"{path.name}, line {number} is no JSON object.")
+            yield row
 
 
 def read_corpus(folder: Path) -> list[Document]:
     """Every document of the `*.jsonl` and `*.jsonl.zst` shards of a folder, in file order.
 
     Raises:
-        CalibrationError: the folder holds no shard.
+        CalibrationError: the folder holds no shard, or a row has no text.
     """
     shards = sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.zst")])
     if not shards:
         raise CalibrationError(f"{folder} holds no .jsonl or .jsonl.zst file. Point --corpus at a folder of such shards.")
-    return [
-        Document(row["text"], row.get("source", shard.name), shard.name.split(".")[0])
-        for shard in shards
-        for row in read_jsonl(shard)
-    ]
+    documents = []
+    for shard in shards:
+        for row in read_jsonl(shard):
+            if not isinstance(row.get("text"), str):
+                raise CalibrationError(f"{shard.name} has a row without a text field.")
+            documents.append(Document(row["text"], str(row.get("source", shard.name)), shard.name.split(".")[0]))
+    return documents
 
 
 def is_held_out(source: str, percent: float = 1.0) -> bool:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from core.bundle import Bundle
 from core.decoding import decode_one_token, prefill
@@ -40,27 +43,46 @@ class Score:
         return Score(self.nll + other.nll, self.tokens + other.tokens, self.text_bytes + other.text_bytes)
 
 
-def score_continuation(bundle: Bundle, prompt_ids: Sequence[int], continuation_ids: Sequence[int], stop: Stop | None = None) -> Score:
-    """How likely the bundle finds `continuation_ids` after `prompt_ids`: one prefill, then one decode step a token.
+def logits_before(bundle: Bundle, prompt_ids: Sequence[int], continuation_ids: Sequence[int], stop: Stop) -> Iterator[Tensor]:
+    """The logits [vocab_size], float32, before each continuation token: one prefill, then one decode step a token.
 
-    On Stop the tokens scored so far are returned.
+    Ends early when `stop` is requested.
 
     Raises:
         InvalidRequest: no prompt token.
     """
     if not prompt_ids:
         raise InvalidRequest("Scoring needs at least one token before the scored text.")
-    stop = stop or Stop()
+    if not continuation_ids:
+        return
     cache = bundle.cache_factory()
     logits = prefill(bundle, prompt_ids, cache, stop)
-    nll, scored = 0.0, 0
-    for token in continuation_ids:
+    for place, token in enumerate(continuation_ids):
         if logits is None or stop.requested:
-            break
-        nll -= float(logits.float().log_softmax(-1)[token])
-        scored += 1
-        if scored < len(continuation_ids):
+            return
+        yield logits.float()
+        if place + 1 < len(continuation_ids):
             logits = decode_one_token(bundle, token, cache)
+
+
+def decode_logits(bundle: Bundle, prompt_ids: Sequence[int], continuation_ids: Sequence[int], stop: Stop | None = None) -> Tensor:
+    """All of `logits_before` at once, [N, vocab_size]; for short texts, since it holds every row."""
+    rows = list(logits_before(bundle, prompt_ids, continuation_ids, stop or Stop()))
+    return torch.stack(rows) if rows else torch.empty(0, bundle.model.config.get_text_config().vocab_size)
+
+
+def score_continuation(bundle: Bundle, prompt_ids: Sequence[int], continuation_ids: Sequence[int], stop: Stop | None = None) -> Score:
+    """How likely the bundle finds `continuation_ids` after `prompt_ids`, under decode semantics.
+
+    On Stop the tokens scored so far are returned.
+
+    Raises:
+        InvalidRequest: no prompt token.
+    """
+    nll, scored = 0.0, 0
+    for logits, token in zip(logits_before(bundle, prompt_ids, continuation_ids, stop or Stop()), continuation_ids, strict=False):
+        nll -= float(logits.log_softmax(-1)[token])
+        scored += 1
     text = str(bundle.tokenizer.decode(list(continuation_ids[:scored]), skip_special_tokens=True))
     return Score(nll, scored, len(text.encode()))
 

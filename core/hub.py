@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
 from tenacity import retry, retry_if_exception, stop_after_attempt, wait_exponential
@@ -61,12 +62,18 @@ def hub_errors_in_words(repo_id: str) -> Iterator[None]:
         raise InvalidRequest(f"{repo_id!r} is not a model id. Use owner/name, a local folder, or embedded.") from error
     except hub_errors.HfHubHTTPError as error:
         raise HubUnavailable(_http_message(repo_id, _status(error))) from error
+    except (httpx2.HTTPError, hub_errors.XetDownloadError) as error:
+        raise HubUnavailable(_unreachable(repo_id, error)) from error
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise OutOfMemory(f"The disk is full; {repo_id} cannot be stored. Free space or set HF_HOME to another disk.") from error
         if error.errno in (errno.EROFS, errno.EACCES):
             raise HubUnavailable(f"The hub cache cannot be written ({error.strerror}). Set HF_HOME to a folder you may write.") from error
-        raise HubUnavailable(f"The hub cannot be reached for {repo_id} ({type(error).__name__}). Check the network, or choose the embedded model.") from error
+        raise HubUnavailable(_unreachable(repo_id, error)) from error
+
+
+def _unreachable(repo_id: str, error: BaseException) -> str:
+    return f"The hub cannot be reached for {repo_id} ({type(error).__name__}). Check the network, or choose the embedded model."
 
 
 def _http_message(repo_id: str, status: int | None) -> str:
@@ -123,7 +130,7 @@ def fetch(repo_id: str, revision: str | None = None, max_bytes: int | None = Non
     with hub_errors_in_words(repo_id):
         try:
             size, commit = safetensors_bytes(repo_id, revision)
-        except (hub_errors.OfflineModeIsEnabled, ConnectionError, hub_errors.HfHubHTTPError) as error:
+        except (hub_errors.OfflineModeIsEnabled, ConnectionError, TimeoutError, httpx2.HTTPError) as error:
             if isinstance(error, hub_errors.RepositoryNotFoundError | hub_errors.RevisionNotFoundError):
                 raise
             try:

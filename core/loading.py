@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -154,8 +155,10 @@ def load_bundle(
             local_files_only=True, output_loading_info=True,
         )
         model, info = loaded
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, json.JSONDecodeError, SafetensorError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, json.JSONDecodeError, SafetensorError, ImportError, ArithmeticError, StrictDataclassError) as error:
         raise ModelLoadError(f"{model_id} cannot be loaded as a causal language model: {_first_line(error)}") from error
+    if not tokenizer("a b c", add_special_tokens=False)["input_ids"]:
+        raise ModelLoadError(f"{model_id} has no usable tokenizer files; it turns text into no tokens at all.")
     _check_weights(model, model_id, set(info["missing_keys"]))
     model.generation_config = _plain_generation(model)
     model.eval().requires_grad_(False).to(device)

@@ -38,10 +38,21 @@ class Recipe:
             data = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise InvalidRequest(f"The recipe {path} cannot be read: {error.strerror}.") from error
+        except UnicodeDecodeError as error:
+            raise InvalidRequest(f"{path.name} is not UTF-8 text, so it is no recipe.") from error
         except json.JSONDecodeError as error:
             raise InvalidRequest(f"The recipe {path.name} is not JSON: line {error.lineno}, {error.msg}.") from error
         if not isinstance(data, dict) or data.get("schema") != SCHEMA_VERSION:
             raise InvalidRequest(f"{path.name} is not a recipe of schema {SCHEMA_VERSION}.")
-        if not isinstance(data.get("model_id"), str) or not all(isinstance(t, dict) and "name" in t for t in data.get("techniques", [])):
-            raise InvalidRequest(f"{path.name} lacks model_id, or a technique without a name.")
-        return cls(data["model_id"], data.get("revision"), tuple(data.get("techniques", ())), data.get("prepared", {}))
+        techniques, prepared = data.get("techniques", []), data.get("prepared", {})
+        if not isinstance(data.get("model_id"), str):
+            raise InvalidRequest(f"{path.name}: model_id is missing or no text.")
+        if not isinstance(data.get("revision"), (str, type(None))):
+            raise InvalidRequest(f"{path.name}: revision is no text.")
+        if not isinstance(techniques, (list, dict)):
+            raise InvalidRequest(f"{path.name}: techniques is no list.")
+        if not all(isinstance(t, dict) and isinstance(t.get("name"), str) for t in techniques):
+            raise InvalidRequest(f"{path.name}: there is a technique without a name.")
+        if not isinstance(prepared, dict):
+            raise InvalidRequest(f"{path.name}: prepared is no table.")
+        return cls(data["model_id"], data.get("revision"), tuple(techniques), prepared)

@@ -10,6 +10,11 @@ from torch import nn
 _ABSENT = object()
 
 
+def _is_managed(owner: Any, name: str) -> bool:
+    """Whether setting `name` goes through a property or a map of names instead of the object's own table."""
+    return isinstance(getattr(type(owner), name, None), property) or name in getattr(owner, "attribute_map", ())
+
+
 class Edits:
     """A journal of changes. `undo()` restores saved references, last change first; calling it again does nothing."""
 
@@ -40,7 +45,12 @@ class Edits:
             if isinstance(owner, nn.Module) and name in getattr(owner, store):
                 table = getattr(owner, store)
         old = table.get(name, _ABSENT)
-        if old is _ABSENT:
+        if old is _ABSENT and hasattr(owner, name):  # a property, or a name that stands for another
+            old = getattr(owner, name)
+            inherited = name not in table and not _is_managed(owner, name)
+            setattr(owner, name, value)
+            self._undo.append(lambda: delattr(owner, name) if inherited else setattr(owner, name, old))
+        elif old is _ABSENT:
             setattr(owner, name, value)
             self._undo.append(lambda: delattr(owner, name))
         else:

@@ -137,6 +137,9 @@ class Technique:
 
     def __post_init__(self) -> None:
         for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, float) and value.is_integer() and isinstance(item.default, int) and not isinstance(item.default, bool):
+                object.__setattr__(self, item.name, int(value))  # forms send 4.0 for 4; one configuration, one spelling
             _check_value(self.name, item.name, getattr(self, item.name), item.metadata, item.default)
 
     def check(self, bundle: Bundle) -> None:
@@ -197,7 +200,7 @@ def _check_value(technique: str, name: str, value: Any, meta: Mapping[str, Any],
         return
     if isinstance(default, (int, float)):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or (isinstance(value, float) and math.isnan(value)):
-            raise InvalidRequest(f"{where}; it must be a number.")
+            raise InvalidRequest(f"{where}; it must be a finite number.")
         if (low is not None and value < low) or (high is not None and value > high):
             raise InvalidRequest(f"{where}; it must lie between {low} and {high}.")
         if isinstance(default, int) and not isinstance(value, int):

@@ -47,8 +47,11 @@ class TrainingPlan:
 
     def __post_init__(self) -> None:
         rates = (self.learning_rate, self.muon_learning_rate or 0.0)
-        if self.steps < 1:
-            raise InvalidRequest(f"steps is {self.steps}; training needs at least 1.")
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise InvalidRequest(f"steps is {self.steps}; training needs at least 1, a whole number.")
+        for name in ("warmup_steps", "weight_decay", "grad_clip", "evaluate_every", "patience", "final_fraction"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise InvalidRequest(f"{name} is {getattr(self, name)}; it must be finite and not negative.")
         if not all(math.isfinite(r) and r >= 0 for r in rates):
             raise InvalidRequest(f"learning rates are {rates}; they must be finite and not negative.")
         if self.schedule not in ("cosine", "linear", "trapezoid"):
@@ -172,7 +175,7 @@ class _Loop:
         with torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16, enabled=self.plan.bf16):
             value = loss(self.model, batch)
         if not torch.isfinite(value):
-            raise CalibrationError(f"The loss became {float(value)} at step {step}. Lower the learning rate or check the data for empty rows.")
+            raise CalibrationError(f"The loss became {float(value.detach())} at step {step}. Lower the learning rate or check the data for empty rows.")
         self.accelerator.backward(value)
         if self.plan.grad_clip:
             self.accelerator.clip_grad_norm_(self.chosen, self.plan.grad_clip)

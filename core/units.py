@@ -13,8 +13,9 @@ def format_bytes(count: float | None) -> str:
         return NOT_MEASURED
     value = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(value) < 1024 or unit == "GiB":
-            return f"{value:.0f} B" if unit == "B" else f"{value:.{1 if abs(value) < 100 else 0}f} {unit}"
+        shown = f"{value:.0f}" if unit == "B" or abs(value) >= 99.95 else f"{value:.1f}"
+        if abs(float(shown)) < 1024 or unit == "GiB":
+            return f"{shown} {unit}"
         value /= 1024
     raise AssertionError("unreachable")
 
@@ -23,11 +24,12 @@ def format_seconds(seconds: float | None) -> str:
     """`0.0123` -> `12.3 ms`, `75` -> `1 min 15 s`."""
     if seconds is None:
         return NOT_MEASURED
-    if seconds < 1:
+    if seconds < 0.99995:
         return f"{seconds * 1e3:.{2 if seconds < 0.01 else 1}f} ms"
-    if seconds < 60:
+    if seconds < 59.995:
         return f"{seconds:.2f} s"
-    return f"{int(seconds // 60)} min {int(seconds % 60)} s"
+    whole = round(seconds)
+    return f"{whole // 60} min {whole % 60} s"
 
 
 def format_number(value: float | None, digits: int = 3) -> str:

@@ -257,9 +257,7 @@ def _changed(before: Snapshot, after: Snapshot) -> list[str]:
     paths = set(before.modules) | set(after.modules)
     different = {path for path in paths if before.modules.get(path) != after.modules.get(path)}
     for name in set(before.tensors) | set(after.tensors):
-        if (one := before.tensors.get(name)) is None or (two := after.tensors.get(name)) is None or one[0] is not two[0]:
-            different.add(name.split(" ", 1)[1].rpartition(".")[0])
-        elif not _same_bits(one[1], two[1]):
+        if (one := before.tensors.get(name)) is None or (two := after.tensors.get(name)) is None or one[0] is not two[0] or not _same_bits(one[1], two[1]):
             different.add(name.split(" ", 1)[1].rpartition(".")[0])
     # A parent whose child was replaced differs only because of that child.
     own = [p for p in different if not any(q != p and (q.startswith(p + ".") or p == "") for q in different)]

@@ -38,6 +38,7 @@ _MAKERS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     # 48 is no multiple of the 64 weights that share an nf4 scale.
     "gpt2": (GPT2Config, {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS}),
     "gpt_neox": (GPTNeoXConfig, {**_SIZES, "hidden_size": 32, "intermediate_size": 64, "rotary_pct": 0.5, "use_parallel_residual": True}),
+    "gpt_neox_sequential": (GPTNeoXConfig, {**_SIZES, "hidden_size": 32, "intermediate_size": 64, "rotary_pct": 0.5, "use_parallel_residual": False}),
     "opt": (OPTConfig, {**_OPT, "word_embed_proj_dim": 64, "do_layer_norm_before": True}),
     "opt_post_norm": (OPTConfig, {**_OPT, "word_embed_proj_dim": 32, "do_layer_norm_before": False}),
 }

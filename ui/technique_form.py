@@ -61,15 +61,7 @@ def method_from_values(controls: list[TechniqueControls], values: list[Any]) -> 
     chosen, rest = [], list(values)
     for control in controls:
         on = rest.pop(0)
-        settings = {name: _whole_if_whole(control.technique, name, rest.pop(0)) for name in control.options}
+        settings = {name: rest.pop(0) for name in control.options}
         if on:
             chosen.append(make_technique(control.technique.name, settings))
     return method_name(chosen)
-
-
-def _whole_if_whole(technique: type[Technique], name: str, value: Any) -> Any:
-    """A slider gives floats; an option whose default is a whole number wants one."""
-    default = technique.__dataclass_fields__[name].default
-    if isinstance(default, int) and not isinstance(default, bool) and isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,8 +46,10 @@ class _BitsAndBytes(Technique):
 
     def _apply(self, bundle: Bundle, prepared: Prepared, edits: Edits) -> tuple[Report, tuple[nn.Module, ...]]:
         layers = list(quantisable_layers(bundle.model))
-        chosen = layers[: round(self.share * len(layers))]
-        skipped = {path: f"beyond the first {self.share:.0%} of layers" for path, _ in layers[len(chosen) :]}
+        count = math.ceil(self.share * len(layers))
+        skipped = {path: f"beyond the first {self.share:.0%} of layers" for path, _ in layers[count:]}
+        skipped.update((path, reason) for path, layer in layers[:count] if (reason := self.refuses(layer)))
+        chosen = [(path, layer) for path, layer in layers[:count] if path not in skipped]
         skipped["output head"] = "kept in full precision, as bitsandbytes does"
         before = storage_bytes(tensors_of(layer for _, layer in chosen))
         packed = []
@@ -60,6 +63,10 @@ class _BitsAndBytes(Technique):
         label = Label.EXECUTED if packed and executed == len(packed) else Label.STORED
         report = Report(self.name, label, tuple(path for path, _ in chosen), skipped, sum(before.values()), sum(after.values()), notes)
         return report, tuple(packed)
+
+    def refuses(self, layer: nn.Module) -> str | None:
+        """Why a layer is left as it is; None when it is quantised."""
+        return None
 
     @abstractmethod
     def quantise(self, layer: nn.Module) -> nn.Module:
@@ -107,6 +114,13 @@ class BnbNf4(_BitsAndBytes):
 
     block_size: int = option(64, "Weights that share a scale", choices=(64, 128, 256, 512, 1024))
     double_quant: bool = option(False, "Store the scales in 8 bits too; the fused CPU kernel cannot use them, so weights are then unpacked at each call")
+
+    def refuses(self, layer: nn.Module) -> str | None:
+        """Rows that share a block of scales are unpacked wrongly by bitsandbytes 0.50 on CPUs with AVX-512."""
+        inside = layer.weight.shape[0] if isinstance(layer, Conv1D) else layer.weight.shape[1]  # type: ignore[operator,union-attr,index]
+        if inside % self.block_size and torch.backends.cpu.get_cpu_capability() == "AVX512":  # type: ignore[operator]
+            return f"{inside} inputs are no multiple of the block of {self.block_size}, which bitsandbytes computes wrongly on this CPU"
+        return None
 
     def quantise(self, layer: nn.Module) -> nn.Module:
         """The layer in nf4."""

@@ -73,19 +73,24 @@ def remove_words(text: str, every: int, minimum_words: int = 0) -> RemovalResult
     kept: list[str] = []
     removed: list[str] = []
     since, starts_sentence = 0, True
-    for place, section in enumerate(_FENCE.split(text)):
+    sections = _FENCE.split(text)
+    for place, section in enumerate(sections):
         if place % 2:
             kept.append(section)
             continue
-        for piece in _PIECES.findall(section):
+        pieces = _PIECES.findall(section)
+        glued = {0} if place else set()  # words that touch code stay, or their neighbour would touch it instead
+        if place + 1 < len(sections):
+            glued.add(len(pieces) - 1)
+        for index, piece in enumerate(pieces):
             if piece.isspace():
-                if piece == " " and removed and (not kept or kept[-1].endswith("\n")):
+                if "\n" not in piece and removed and (not kept or kept[-1].endswith("\n")):
                     continue  # the first word of the line went
                 starts_sentence = starts_sentence or "\n" in piece
                 kept.append(piece)
                 continue
             since += 1
-            if since >= every and not is_protected(piece, starts_sentence):
+            if since >= every and index not in glued and not is_protected(piece, starts_sentence):
                 removed.append(piece)
                 since = 0
                 _drop(kept, piece)
@@ -98,7 +103,7 @@ def remove_words(text: str, every: int, minimum_words: int = 0) -> RemovalResult
 def _drop(kept: list[str], word: str) -> None:
     """Leave `word` out of the text built so far: one blank goes with it, its trailing comma moves to the word before."""
     closing = _edges(word)[2]
-    if kept and kept[-1] == " ":
+    if kept and kept[-1].isspace() and "\n" not in kept[-1]:
         kept.pop()
     if closing and kept and kept[-1][-1:].isalnum():
         kept.append(closing)

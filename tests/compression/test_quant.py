@@ -354,7 +354,6 @@ def test_share_takes_the_first_layers_and_says_why_others_are_skipped(kind: type
         assert changed == paths[:expected] and len(applied.packed) == expected
 
 
-@known_bug("a share above 0 that rounds to no layer is on and does nothing")
 @pytest.mark.parametrize("kind", [BnbInt8, BnbNf4])
 def test_smallest_share_takes_a_layer(kind: type[BnbInt8] | type[BnbNf4], llama: Bundle) -> None:
     contract.check_effect_is_real(kind(share=0.01), llama)

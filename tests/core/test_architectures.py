@@ -15,7 +15,6 @@ from core.architectures import FAMILIES, Architecture, architecture_of, family_o
 from core.bundle import Bundle
 from core.errors import UnsupportedModel
 from tests import families
-from tests.known import known_bug
 
 BundleOf = Callable[[str], Bundle]
 IDS = torch.tensor([[5, 17, 40, 9, 22, 60]])
@@ -36,9 +35,7 @@ def test_family_of_a_model_finds_its_row(family: str, family_bundle: BundleOf) -
 
 @on_every_family
 @pytest.mark.parametrize("part", ["blocks", "embedding", "position_embedding", "final_norm", "head"])
-def test_parts_at_the_models_root_are_where_the_table_says(family: str, part: str, family_bundle: BundleOf, request: pytest.FixtureRequest) -> None:
-    if (family, part) == ("gpt_neox", "head"):
-        request.applymarker(known_bug("the table calls GPT-NeoX's head embed_out; transformers 5 calls it lm_head"))
+def test_parts_at_the_models_root_are_where_the_table_says(family: str, part: str, family_bundle: BundleOf) -> None:
     model, row = family_bundle(family).model, FAMILIES[family]
     path = getattr(row, part)
     if path is None:
@@ -131,7 +128,6 @@ def test_norms_are_placed_as_the_table_says(family: str, family_bundle: BundleOf
     assert measured_placement(family_bundle(family).model, FAMILIES[family]) == FAMILIES[family].norm_placement
 
 
-@known_bug("GPT-NeoX with use_parallel_residual=False is taken for a parallel one")
 def test_gpt_neox_without_parallel_residual_is_pre_norm(tokenizer: PreTrainedTokenizerBase) -> None:
     model = families.make_model("gpt_neox", tokenizer, use_parallel_residual=False)
     row = architecture_of(model, "test")
@@ -140,11 +136,9 @@ def test_gpt_neox_without_parallel_residual_is_pre_norm(tokenizer: PreTrainedTok
     assert row.norm_placement == placement
 
 
-@pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.fused])
-def test_fused_projections_hold_query_key_value_side_by_side(family: str, family_bundle: BundleOf, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.fused and not row.fused_by_head])
+def test_fused_projections_hold_query_key_value_side_by_side(family: str, family_bundle: BundleOf) -> None:
     """With the query zeroed every key scores the same, so attention must not depend on the keys; values must matter."""
-    if family == "gpt_neox":
-        request.applymarker(known_bug("GPT-NeoX keeps q, k, v of one head together, not all q, then all k, then all v"))
     model, row = family_bundle(family).model, FAMILIES[family]
     (name, parts), = row.fused.items()
     assert parts == ("q", "k", "v")

@@ -14,7 +14,6 @@ from core.architectures import FAMILIES
 from core.bundle import Bundle, ModelInfo, storage_bytes, tensors_of, weight_bytes
 from core.reversible import Edits
 from tests import contract, families
-from tests.known import known_bug
 
 BundleOf = Callable[[str], Bundle]
 
@@ -152,7 +151,6 @@ def test_quantised_weights_are_counted_as_packed_with_their_scales(technique: Bn
         assert counted.in_use == whole - applied.report.bytes_before + applied.report.bytes_after
 
 
-@known_bug("tensors_of stops before the second level of scales of a double-quantised layer")
 def test_double_quantised_scales_are_counted_too(family_bundle: BundleOf) -> None:
     bundle = family_bundle("gpt2")  # 48 wide, so the fused kernel that drops the second level does not take it
     with contract.apply(BnbNf4(double_quant=True), bundle) as applied:

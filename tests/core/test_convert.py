@@ -18,7 +18,6 @@ from core.convert import convert_checkpoint
 from core.errors import FuseboxError, InvalidRequest, UnsafeCheckpoint
 from core.loading import load_bundle
 from tests import contract, families
-from tests.known import known_bug
 from tests.tolerances import SUM_ORDER
 
 MakeBin = Callable[..., tuple[Path, PreTrainedModel]]
@@ -156,14 +155,12 @@ def test_broken_bin_is_refused(content: bytes, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@known_bug("torch.load(mmap=True) refuses files of torch before 1.6, many hub checkpoints among them, and the message calls them unsafe")
 def test_checkpoint_in_the_old_torch_format_converts(pickled: MakeBin, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     source, model = pickled("gpt2", _use_new_zipfile_serialization=False)
     convert_checkpoint(source, tmp_path / "out")
     assert_same(tmp_path / "out", model)
 
 
-@known_bug("what is in the file is not checked to be a flat table of tensors")
 @pytest.mark.parametrize("content", [
     {"state_dict": {"a": torch.ones(2)}}, {"a": torch.ones(2), "epoch": 3}, [torch.ones(2)], torch.ones(2), {1: torch.ones(2)}, {},
 ], ids=["nested", "number", "list", "tensor", "number as name", "empty"])

@@ -100,7 +100,6 @@ def test_exempt_positions_are_prefilled_and_not_scored(exempt: int, llama: Bundl
     assert close(score.nll, nll_teacher_forced(llama, ids, prefilled), score.tokens)
 
 
-@known_bug("decode_logits runs one more forward than there are tokens and throws it away")
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_scoring_n_tokens_takes_n_forwards(tokens: int, llama: Bundle) -> None:
     calls: list[int] = []
@@ -169,7 +168,6 @@ def test_texts_longer_than_max_tokens_are_cut(llama: Bundle) -> None:
     assert close(score.nll, nll_teacher_forced(llama, ids[:10], EXEMPT_POSITIONS), score.tokens)
 
 
-@known_bug("score_text runs past the model's context: GPT-2 and OPT raise IndexError, others score positions they never saw")
 def test_texts_longer_than_the_context_are_cut_to_it(family_bundle: BundleOf) -> None:
     bundle = family_bundle("gpt2")
     score = score_text(bundle, TEXT * 6)

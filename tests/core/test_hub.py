@@ -18,7 +18,6 @@ from core import hub
 from core.errors import FuseboxError, HubUnavailable, InvalidRequest, ModelNotFound, OutOfMemory, UnsafeCheckpoint
 from core.hub import fetch, safetensors_bytes
 from core.units import format_bytes
-from tests.known import known_bug
 
 COMMIT = "c" * 40
 REPO = "owner/name"
@@ -197,7 +196,7 @@ def test_id_the_client_refuses_is_an_invalid_request(fake: FakeHub) -> None:
 UNREACHABLE: list[Any] = [
     pytest.param(hub_errors.OfflineModeIsEnabled("offline"), id="offline mode"),
     pytest.param(ConnectionError("no route"), id="no route"),
-    *(pytest.param(error, id=type(error).__name__, marks=known_bug("the client's connection errors are no OSError, so they come out raw"))
+    *(pytest.param(error, id=type(error).__name__)
       for error in (httpx2.ConnectError("Name or service not known"), httpx2.ConnectTimeout("slow"), httpx2.ReadTimeout("slow"), httpx2.RemoteProtocolError("cut"))),
 ]
 
@@ -236,8 +235,8 @@ def test_refused_model_is_not_taken_from_the_disk(status: int, code: str, fake: 
     (TimeoutError("slow"), HubUnavailable, "cannot be reached"),
     (http_error(500), HubUnavailable, "answered 500"),
     (hub_errors.LocalEntryNotFoundError("gone"), HubUnavailable, "hub cannot be reached"),
-    pytest.param(httpx2.ReadTimeout("slow"), HubUnavailable, "cannot be reached", marks=known_bug("a timeout in the middle of a download comes out raw")),
-    pytest.param(hub_errors.XetDownloadError("cut"), HubUnavailable, "cannot be reached", marks=known_bug("a broken Xet download comes out raw")),
+    pytest.param(httpx2.ReadTimeout("slow"), HubUnavailable, "cannot be reached"),
+    pytest.param(hub_errors.XetDownloadError("cut"), HubUnavailable, "cannot be reached"),
 ], ids=lambda value: repr(value)[:40] if isinstance(value, Exception) else None)
 def test_download_fault_is_said_in_words(error: Exception, kind: type[FuseboxError], said: str, fake: FakeHub) -> None:
     fake.download_error = error

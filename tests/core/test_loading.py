@@ -20,7 +20,6 @@ from core.errors import FuseboxError, HubUnavailable, InvalidRequest, ModelLoadE
 from core.loading import checkpoint_elements, load_bundle
 from core.units import format_bytes
 from tests import contract, families
-from tests.known import known_bug
 from tests.tolerances import SUM_ORDER
 
 CheckpointOf = Callable[[str], Path]
@@ -185,13 +184,11 @@ def test_what_the_hub_cannot_have_is_an_invalid_request_or_not_found(model_id: s
         load_bundle(model_id)
 
 
-@known_bug("Path.is_dir raises OSError for names longer than the file system takes")
 def test_a_word_of_300_characters_is_refused_in_words() -> None:
     with pytest.raises(FuseboxError):
         load_bundle("x" * 300)
 
 
-@known_bug("Path.expanduser raises RuntimeError for an unknown user")
 def test_the_home_of_nobody_is_refused_in_words() -> None:
     with pytest.raises(FuseboxError):
         load_bundle("~nosuchuser/model")
@@ -299,9 +296,9 @@ def test_missing_shard_is_refused(spoiled: Callable[..., Path]) -> None:
 @pytest.mark.parametrize("changes", [
     {"model_type": "no_such_type"}, {"model_type": None}, {"hidden_size": 128}, {"vocab_size": 310}, {"hidden_act": "nope"},
     {"model_type": "custom", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}},
-    pytest.param({"hidden_size": "abc"}, marks=known_bug("StrictDataclassFieldValidationError is not turned into words")),
-    pytest.param({"hidden_size": -3}, marks=known_bug("StrictDataclassClassValidationError is not turned into words")),
-    pytest.param({"num_attention_heads": 0}, marks=known_bug("ZeroDivisionError of a configuration is not turned into words")),
+    pytest.param({"hidden_size": "abc"}),
+    pytest.param({"hidden_size": -3}),
+    pytest.param({"num_attention_heads": 0}),
 ], ids=str)
 def test_configuration_that_does_not_fit_is_refused_in_words(changes: dict[str, Any], spoiled: Callable[..., Path]) -> None:
     with pytest.raises(ModelLoadError):
@@ -329,7 +326,7 @@ def test_broken_tokenizer_is_refused_in_words(text: str, spoiled: Callable[..., 
         load_bundle(str(folder))
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=known_bug("GPT-2 without tokenizer files loads with an empty vocabulary: every prompt is 0 tokens"))])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2")])
 def test_folder_without_a_tokenizer_is_refused(family: str, spoiled: Callable[..., Path]) -> None:
     folder = spoiled(family)
     for path in folder.glob("tokenizer*"):

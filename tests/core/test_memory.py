@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from core import memory
-from tests.known import known_bug
 
 MIB = 1 << 20
 BIG = 64 * MIB
@@ -88,7 +87,6 @@ def test_available_is_the_smaller_of_machine_and_container(files: dict[str, str]
     assert memory.available_bytes() == expected
 
 
-@known_bug("memory.current holds the page cache, which the kernel gives back: after reading a big file models are refused that fit")
 def test_page_cache_of_the_container_can_be_had(machine: Callable[..., None]) -> None:
     machine(16 * GIB, {V2 + "memory.max": f"{8 * GIB}", V2 + "memory.current": f"{7 * GIB}", V2 + "memory.stat": f"anon {GIB}\ninactive_file {5 * GIB}\nactive_file {GIB}\n"})
     assert memory.available_bytes() == 6 * GIB

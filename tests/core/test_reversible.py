@@ -13,7 +13,6 @@ from torch import nn
 
 from core.bundle import Bundle
 from core.reversible import Edits
-from tests.known import known_bug
 
 
 def stack() -> nn.Sequential:
@@ -160,7 +159,6 @@ class WithProperty:
         self._hidden = new
 
 
-@known_bug("set_attr undoes a property by delattr, which raises and leaves the change")
 def test_set_attr_through_a_property_is_undone() -> None:
     owner, edits = WithProperty(), Edits()
     edits.set_attr(owner, "value", 5)
@@ -169,7 +167,6 @@ def test_set_attr_through_a_property_is_undone() -> None:
     assert owner.value == 1
 
 
-@known_bug("set_attr on a config attribute that transformers maps to another name is not undone")
 @pytest.mark.parametrize(("name", "value"), [("max_position_embeddings", 7), ("_attn_implementation", "eager"), ("hidden_size", 9)])
 def test_set_attr_on_a_mapped_configuration_entry_is_undone(name: str, value: Any, family_bundle: Callable[[str], Bundle]) -> None:
     config, edits = family_bundle("gpt2").model.config, Edits()

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from core.errors import CalibrationError, InvalidRequest
 from core.progress import Stop
 from core.training import TrainingPlan, TrainingReport, train
-from tests.known import known_bug
 
 TRUTH = torch.tensor([1.0, -2.0, 3.0, 0.5])
 Batch = tuple[Tensor, Tensor]
@@ -237,7 +236,7 @@ def test_stop_before_the_first_step_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("needs_grad", [pytest.param(True, marks=known_bug("float() of a loss that requires a gradient warns, and warnings of our packages are errors")), False])
+@pytest.mark.parametrize("needs_grad", [pytest.param(True), False])
 def test_loss_that_is_not_finite_is_a_calibration_error_with_the_step(bad: float, needs_grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.is_warn_always_enabled()
     torch.set_warn_always(True)  # else torch warns once a process, and the result depends on what ran before
@@ -304,12 +303,12 @@ def test_progress_tells_step_loss_and_time_left() -> None:
     ({"steps": 0}, "steps is 0"), ({"steps": -3}, "at least 1"), ({"learning_rate": float("nan")}, "finite"),
     ({"learning_rate": -1e-3}, "not negative"), ({"learning_rate": float("inf")}, "finite"), ({"muon_learning_rate": float("nan")}, "finite"),
     ({"schedule": "warm"}, "use cosine, linear or trapezoid"),
-    pytest.param({"steps": float("nan")}, "steps", marks=known_bug("steps is not checked to be a whole number")),
-    pytest.param({"steps": 2.5}, "steps", marks=known_bug("steps is not checked to be a whole number")),
-    pytest.param({"warmup_steps": -1}, "warmup", marks=known_bug("warmup_steps is not checked")),
-    pytest.param({"weight_decay": float("nan")}, "weight_decay", marks=known_bug("weight_decay is not checked")),
-    pytest.param({"grad_clip": float("nan")}, "grad_clip", marks=known_bug("grad_clip is not checked: every weight becomes nan at step 0")),
-    pytest.param({"patience": -1}, "patience", marks=known_bug("patience is not checked")),
+    pytest.param({"steps": float("nan")}, "steps"),
+    pytest.param({"steps": 2.5}, "steps"),
+    pytest.param({"warmup_steps": -1}, "warmup"),
+    pytest.param({"weight_decay": float("nan")}, "weight_decay"),
+    pytest.param({"grad_clip": float("nan")}, "grad_clip"),
+    pytest.param({"patience": -1}, "patience"),
 ], ids=str)
 def test_bad_plan_is_refused_with_the_value(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(InvalidRequest, match=said):

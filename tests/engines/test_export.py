@@ -21,8 +21,8 @@ from core.bundle import ModelInfo
 from core.files import write_text
 from core.provenance import provenance
 from engines.chat import ChatRequest, ChatService, collect
-from engines.engine import Answer
 from engines.dtype_choice import DtypeChoice
+from engines.engine import Answer
 from engines.export import answer_record, chat_record, plain, safe_cell, to_csv, to_json
 from engines.metrics import METRICS, ChatMetrics
 from engines.pool import EnginePool
