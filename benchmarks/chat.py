@@ -36,15 +36,30 @@ QUESTIONS = (
 )
 
 
-def measure(model: str, new_tokens: int, rounds: int) -> tuple[dict[str, list[Answer]], dict[str, str], ChatService]:
-    """Answers by method: each round asks every question of every method, alternating the order of the methods."""
+QUALITY = ("baseline_answer_bits_per_byte", "agreement_tokens", "agreement_share")
+
+
+def measure_quality(service: ChatService, model: str, new_tokens: int) -> dict[str, list[Answer]]:
+    """Answers that end where the model ends them, scored against the baseline's."""
+    methods = (BASELINE, *TECHNIQUES)
+    answers: dict[str, list[Answer]] = {m: [] for m in methods}
+    for question in QUESTIONS:
+        done, _ = collect(service.stream(ChatRequest(question, methods, model_id=model, sampling=Sampling(2 * new_tokens))))
+        for method, answer in done.items():
+            answers[method].append(answer)
+    return answers
+
+
+def measure_speed(model: str, new_tokens: int, rounds: int) -> tuple[dict[str, list[Answer]], dict[str, str], ChatService]:
+    """Answers of a fixed length by method: each round asks every question of every method, alternating the order of the methods."""
     service = ChatService(EnginePool())
     methods = (BASELINE, *TECHNIQUES)
     answers: dict[str, list[Answer]] = {m: [] for m in methods}
     errors: dict[str, str] = {}
     for round_ in range(rounds + 1):  # the first warms up
         for place, question in enumerate(QUESTIONS):
-            request = ChatRequest(question, methods, model_id=model, sampling=Sampling(new_tokens, ignore_eos=True), reverse=(round_ + place) % 2 == 1)
+            request = ChatRequest(question, methods, model_id=model, sampling=Sampling(new_tokens, ignore_eos=True), score=False,
+                                  reverse=(round_ + place) % 2 == 1)
             done, failed = collect(service.stream(request))
             errors.update(failed)
             for method, answer in done.items() if round_ else ():
@@ -53,11 +68,13 @@ def measure(model: str, new_tokens: int, rounds: int) -> tuple[dict[str, list[An
     return answers, errors, service
 
 
-def _row(method: str, answers: list[Answer], error: str | None) -> dict[str, Any]:
+def _row(method: str, answers: list[Answer], quality: list[Answer], error: str | None) -> dict[str, Any]:
     if error or not answers:
         return {"method": method, "error": error or "no answer"}
     metrics = [asdict(a.metrics) for a in answers]
     values = {name: [m[name] for m in metrics if isinstance(m[name], (int, float)) and not isinstance(m[name], bool)] for name in metrics[0]}
+    for name in QUALITY:
+        values[name] = [v for a in quality if (v := getattr(a.metrics, name)) is not None]
     labels = [r.label.value for r in answers[0].reports]
     return {
         "method": method, "label": labels[0] if labels else None,
@@ -76,11 +93,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULT)
     options = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
-    answers, errors, service = measure(options.model, options.new_tokens, options.rounds)
+    answers, errors, service = measure_speed(options.model, options.new_tokens, options.rounds)
+    quality = measure_quality(service, options.model, options.new_tokens)
     choice = service.pool.dtype_choice(options.model)
     base = service.pool.get(options.model).bundle.info
     data = {
-        "rows": [_row(m, a, errors.get(m)) for m, a in answers.items()], "answers_per_method": options.rounds * len(QUESTIONS),
+        "rows": [_row(m, a, quality[m], errors.get(m)) for m, a in answers.items()], "answers_per_method": options.rounds * len(QUESTIONS),
         "new_tokens": options.new_tokens, "date": datetime.date.today().isoformat(), "provenance": provenance(),
         "model": {"model_id": base.model_id, "revision": base.revision, "dtype": base.dtype, "dtype_reason": choice.reason if choice else "as asked for"},
     }

@@ -32,13 +32,16 @@ def _text_of(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     import zstandard
 
-    unpacker = zstandard.ZstdDecompressor().decompressobj()
-    try:
-        data = unpacker.decompress(path.read_bytes())
-    except zstandard.ZstdError as error:
-        raise CalibrationError(f"{path.name} is not zstd, or broken: {error}.") from error
-    if not unpacker.eof:
-        raise CalibrationError(f"{path.name} is cut off. Copy it again.")
+    packed, data = path.read_bytes(), b""
+    while packed:  # frames may follow one another
+        unpacker = zstandard.ZstdDecompressor().decompressobj()
+        try:
+            data += unpacker.decompress(packed)
+        except zstandard.ZstdError as error:
+            raise CalibrationError(f"{path.name} is not zstd, or broken: {error}.") from error
+        if not unpacker.eof:
+            raise CalibrationError(f"{path.name} is cut off. Copy it again.")
+        packed = unpacker.unused_data
     return data.decode("utf-8")
 
 

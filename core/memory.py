@@ -28,11 +28,18 @@ def _cgroup() -> tuple[int, int] | None:
         try:
             limit = int(Path(limit_file).read_text())
             used = int(Path(used_file).read_text())
-            stat = dict(line.split() for line in Path(stat_file).read_text().splitlines())
         except (OSError, ValueError):
             continue
-        return limit, used - int(stat.get(cache_name, 0))
+        return limit, used - _reclaimable(Path(stat_file), cache_name)
     return None
+
+
+def _reclaimable(stat_file: Path, name: str) -> int:
+    try:
+        stat = dict(line.split() for line in stat_file.read_text().splitlines())
+        return int(stat.get(name, 0))
+    except (OSError, ValueError):
+        return 0  # some containers keep no statistics
 
 
 def available_bytes() -> int:

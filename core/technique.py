@@ -21,6 +21,8 @@ from core.errors import CalibrationError, InvalidRequest, UnsupportedModel
 from core.progress import Progress, silent
 from core.reversible import Edits
 
+_MARK = "fusebox"  # a safetensors file needs a tensor or an entry to be readable
+
 
 class Effect(Enum):
     """LOSSLESS techniques leave the logits equal and change a declared counter; LOSSY ones change the logits."""
@@ -69,7 +71,7 @@ class Prepared:
     def save(self, path: Path) -> None:
         """Write as safetensors, `meta` in the header; the old file stays whole until the new one is."""
         fresh = path.with_name(path.name + ".new")
-        save_file({name: t.contiguous() for name, t in self.tensors.items()}, fresh, metadata=dict(self.meta))
+        save_file({name: t.contiguous() for name, t in self.tensors.items()}, fresh, metadata={_MARK: "1", **self.meta})
         os.replace(fresh, path)
 
     @classmethod
@@ -81,7 +83,8 @@ class Prepared:
         """
         try:
             with safe_open(path, framework="pt") as file:
-                return cls({name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {})  # noqa: SIM118 (not a mapping)
+                meta = {k: v for k, v in (file.metadata() or {}).items() if k != _MARK}
+                return cls({name: file.get_tensor(name) for name in file.keys()}, meta)  # noqa: SIM118 (not a mapping)
         except (OSError, SafetensorError) as error:
             raise CalibrationError(f"{path.name} cannot be read ({error}). Delete it; it is made again.") from error
 
@@ -138,8 +141,8 @@ class Technique:
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            if isinstance(value, float) and value.is_integer() and isinstance(item.default, int) and not isinstance(item.default, bool):
-                object.__setattr__(self, item.name, int(value))  # forms send 4.0 for 4; one configuration, one spelling
+            if not isinstance(value, bool) and isinstance(value, (int, float)):  # forms send 4.0 for 4; one configuration, one spelling
+                object.__setattr__(self, item.name, _as_spelled(value, item.default))
             _check_value(self.name, item.name, getattr(self, item.name), item.metadata, item.default)
 
     def check(self, bundle: Bundle) -> None:
@@ -186,6 +189,14 @@ class Technique:
         return self.name + (":" + ",".join(changed) if changed else "")
 
 
+def _as_spelled(value: float, default: Any) -> float:
+    """A number in the type of its option's default, where that loses nothing; no negative zero."""
+    if isinstance(default, float) and abs(value) < 2**53:
+        return float(value) + 0.0
+    is_whole = isinstance(value, float) and value.is_integer()
+    return int(value) if is_whole and isinstance(default, int) and not isinstance(default, bool) else value
+
+
 def _check_value(technique: str, name: str, value: Any, meta: Mapping[str, Any], default: Any) -> None:
     """One option against its metadata; the message names the option, the value and what is allowed."""
     choices, low, high = meta["choices"], meta["minimum"], meta["maximum"]
@@ -199,9 +210,11 @@ def _check_value(technique: str, name: str, value: Any, meta: Mapping[str, Any],
             raise InvalidRequest(f"{where}; it is a switch, true or false.")
         return
     if isinstance(default, (int, float)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or (isinstance(value, float) and math.isnan(value)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:  # noqa: PLR0124 (NaN)
             raise InvalidRequest(f"{where}; it must be a finite number.")
         if (low is not None and value < low) or (high is not None and value > high):
             raise InvalidRequest(f"{where}; it must lie between {low} and {high}.")
+        if isinstance(value, float) and math.isinf(value):
+            raise InvalidRequest(f"{where}; it must be a finite number.")
         if isinstance(default, int) and not isinstance(value, int):
             raise InvalidRequest(f"{where}; it must be a whole number.")

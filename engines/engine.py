@@ -9,6 +9,7 @@ from typing import Any
 
 from core.bundle import Bundle, ModelInfo, storage_bytes, tensors_of, weight_bytes
 from core.compatibility import ordered
+from core.errors import InvalidRequest
 from core.memory import peak_resident_bytes, reset_peak
 from core.progress import Progress, Stop, silent
 from core.technique import Applied, Report, Technique
@@ -52,8 +53,11 @@ class Engine:
 
     def warm_up(self) -> None:
         """Run a short prompt and a few steps, so that the first answer does not pay for one-time work."""
-        token = self.bundle.tokenizer.bos_token_id or 0
-        for _ in generate(self.bundle, [token] * 8, Sampling(max_new_tokens=3, ignore_eos=True), Stop()):
+        try:
+            ids = build_prompt(self.bundle, [{"role": "user", "content": "Hello."}]).ids[:16]
+        except InvalidRequest:  # a template that wants another conversation: the model is warmed up all the same
+            ids = (self.bundle.tokenizer.bos_token_id or 0,) * 8
+        for _ in generate(self.bundle, ids, Sampling(max_new_tokens=3, ignore_eos=True), Stop()):
             pass
 
     def answer(self, messages: Sequence[Message], sampling: Sampling, stop: Stop, on_text: Callable[[str], None]) -> Answer:

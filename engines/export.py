@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import math
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from enum import Enum
@@ -61,14 +62,18 @@ def chat_record(request: ChatRequest, answers: Mapping[str, Answer], errors: Map
 
 def to_json(record: Mapping[str, Any]) -> str:
     """Strict JSON text."""
-    return json.dumps(plain(record), indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(plain(record), indent=1, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate cannot be written
 
 
 def safe_cell(value: Any) -> Any:
     """A CSV cell that spreadsheets show and do not run."""
-    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
-        return "'" + value
-    return value
+    if not isinstance(value, str):
+        return value
+    # Spreadsheets skip blanks and invisible marks before a formula, and take fullwidth signs for plain ones.
+    bare = "".join(c for c in value[:64] if not c.isspace() and unicodedata.category(c) not in ("Cc", "Cf"))
+    is_formula = unicodedata.normalize("NFKC", bare[:1]) in ("=", "+", "-", "@")
+    return "'" + value if is_formula or value[:1] in ("\t", "\r") else value
 
 
 def to_csv(answers: Mapping[str, Answer], errors: Mapping[str, str]) -> str:
@@ -76,7 +81,7 @@ def to_csv(answers: Mapping[str, Answer], errors: Mapping[str, str]) -> str:
     names = [f.name for f in fields(ChatMetrics)]
     rows: list[Sequence[Any]] = [["method", "text", "error", *names]]
     for column, answer in answers.items():
-        values = asdict(answer.metrics)
+        values = plain(asdict(answer.metrics))
         rows.append([column, answer.text, "", *("" if values[n] is None else values[n] for n in names)])
     rows += [[column, "", message, *[""] * len(names)] for column, message in errors.items()]
     text = io.StringIO()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import plotly.graph_objects as go
@@ -32,7 +33,7 @@ def token_latency_figure(gaps_s: Mapping[str, Sequence[float]]) -> go.Figure:
         gaps_s: column's title -> seconds between neighbouring tokens.
     """
     figure = go.Figure()
-    for colour, (title, gaps) in zip(PALETTE, gaps_s.items(), strict=False):
+    for colour, (title, gaps) in zip(cycle(PALETTE), gaps_s.items(), strict=False):
         figure.add_scatter(
             x=list(range(2, len(gaps) + 2)), y=[round(g * 1e3, 3) for g in gaps], name=title, mode="lines",
             line={"color": colour, "width": 2}, hovertemplate="%{y:.2f} ms",

@@ -61,6 +61,8 @@ def _parse_technique(part: str) -> Technique:
         option, equals, value = pair.partition("=")
         if not equals:
             raise InvalidRequest(f"{name}: {pair[:40]!r} is no option; write option=value.")
+        if option.strip() in settings:
+            raise InvalidRequest(f"{name}: {option.strip()} is given twice. Keep one of them.")
         settings[option.strip()] = _parse_value(value.strip())
     return make_technique(name.strip(), settings)
 

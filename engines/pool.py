@@ -74,7 +74,9 @@ class EnginePool:
 
     def dtype_choice(self, model_id: str, *, revision: str | None = None, dtype: str = AUTO) -> DtypeChoice | None:
         """How the baseline's dtype was chosen; None when it was asked for, or the model is not loaded."""
-        return self._choices.get(EngineKey(model_id, revision, dtype, method_name(())))
+        with self._lock:
+            loaded = any((k.model_id, k.revision, k.dtype) == (model_id, revision, dtype) for k in self._engines)
+        return self._choices.get(EngineKey(model_id, revision, dtype, method_name(()))) if loaded else None
 
     def unload(self, model_id: str | None = None) -> int:
         """Drop the engines of a model, or all; returns how many. Running answers finish on what they hold."""
@@ -82,6 +84,7 @@ class EnginePool:
             keys = [k for k in self._engines if model_id in (None, k.model_id)]
             for key in keys:
                 del self._engines[key]
+            self._choices = {k: c for k, c in self._choices.items() if model_id not in (None, k.model_id)}
         gc.collect()
         return len(keys)
 
@@ -110,6 +113,8 @@ class EnginePool:
 
         if key.dtype != AUTO:
             return load(key.dtype)
+        if key in self._choices:  # the baseline was dropped, engines made from it may still be there
+            return load(self._choices[key].dtype)
         try:
             full = load("float32")
         except OutOfMemory as error:

@@ -43,10 +43,15 @@ def clean_message(text: object) -> str:
         raise InvalidRequest(f"The message is {type(text).__name__}, not text.")
     if len(text) > MAX_CHARACTERS:
         raise InvalidRequest(f"The message has {len(text):,} characters; at most {MAX_CHARACTERS:,} are taken.")
-    text = text.encode("utf-8", "replace").decode("utf-8").replace("\0", "")
+    text = _encodable(text).replace("\0", "")
     if not any(not ch.isspace() and unicodedata.category(ch) not in ("Cf", "Cc") for ch in text):
         raise InvalidRequest("The message is empty. Type a question.")
     return text
+
+
+def _encodable(text: str) -> str:
+    """`text` with lone surrogates, which no tokenizer takes, replaced."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def build_prompt(bundle: Bundle, messages: Sequence[Message]) -> Prompt:
@@ -79,12 +84,15 @@ def check_context(bundle: Bundle, prompt_tokens: int, max_new_tokens: int) -> No
 
 def _tokenise(bundle: Bundle, messages: Sequence[Message]) -> tuple[list[int], str]:
     tokenizer = bundle.tokenizer
-    safe = [{"role": m["role"], "content": _defuse(bundle, m["content"])} for m in messages]
+    length = sum(len(m["content"]) for m in messages)
+    if length > MAX_CHARACTERS:
+        raise PromptTooLong(f"The conversation has {length:,} characters; at most {MAX_CHARACTERS:,} are taken. Clear the chat.")
+    safe = [{"role": m["role"], "content": _defuse(bundle, _encodable(m["content"]))} for m in messages]
     if tokenizer.chat_template:
         try:
             with deadline(TEMPLATE_SECONDS, "The model's chat template"):
                 text = str(tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=True))
-        except (TemplateError, ValueError, TypeError) as error:
+        except (TemplateError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
             raise InvalidRequest(f"The model's chat template refuses this conversation: {error}") from error
         if len(text) > MAX_CHARACTERS + 2 * sum(len(m["content"]) for m in safe):
             raise InvalidRequest(f"The model's chat template made {len(text):,} characters of this conversation. Choose another model.")

@@ -42,6 +42,8 @@ class Sampling:
         _whole("top_k", self.top_k, 0, 1_000_000)
         _real("repetition_penalty", self.repetition_penalty, 0.5, 3.0)
         _whole("seed", self.seed, 0, 2**63 - 1)
+        if not isinstance(self.ignore_eos, bool):
+            raise InvalidRequest(f"ignore_eos is {_shown(self.ignore_eos)}; it is a switch, true or false.")
 
 
 def _real(name: str, value: Any, low: float, high: float, open_low: bool = False) -> None:
@@ -72,7 +74,8 @@ def sampling_from(values: dict[str, Any]) -> Sampling:
     for name, value in values.items():
         if name not in Sampling.__dataclass_fields__:
             raise InvalidRequest(f"There is no sampling setting {str(name)[:40]!r}; there are {', '.join(Sampling.__dataclass_fields__)}.")
-        is_whole = isinstance(Sampling.__dataclass_fields__[name].default, int)
+        default = Sampling.__dataclass_fields__[name].default
+        is_whole = isinstance(default, int) and not isinstance(default, bool)
         cleaned[name] = int(value) if is_whole and isinstance(value, float) and value.is_integer() else value
     return Sampling(**cleaned)
 

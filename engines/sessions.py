@@ -89,6 +89,7 @@ class SessionRegistry:
         """The visitor's session, made now if there is none."""
         now = time.monotonic()
         with self._lock:
+            self._evict(now)
             session = self._sessions.setdefault(session_id, Session())
             session.used_s = now
             self._sessions.move_to_end(session_id)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from transformers import PreTrainedTokenizerBase
 
 _UNFINISHED = "\ufffd"
-_CONTEXT = 6
 
 
 class TextStream:
@@ -28,9 +27,11 @@ class TextStream:
         after = self._decode(self._start, len(self._ids))
         if after.endswith(_UNFINISHED) and len(self._ids) - self._given < 8:
             return ""
+        piece = after[len(before) :]
+        if piece:  # from here on the last piece is context enough; a special token alone would not be
+            self._start = self._given
         self._given = len(self._ids)
-        self._start = max(self._start, self._given - _CONTEXT)
-        return after[len(before) :]
+        return piece
 
     def flush(self) -> str:
         """What was held back at the end of the answer."""

@@ -41,12 +41,16 @@ class _BitsAndBytes(Technique):
             UnsupportedModel: nothing to quantise.
         """
         super().check(bundle)
-        if not any(next(layer.parameters()).is_floating_point() for _, layer in quantisable_layers(bundle.model)):
+        layers = [layer for _, layer in quantisable_layers(bundle.model) if next(layer.parameters()).is_floating_point()]
+        if not layers:
             raise UnsupportedModel(f"{self.name}: {bundle.info.model_id} has no full-precision linear layer to quantise.")
+        reasons = [self.refuses(layer) for layer in layers]
+        if all(reasons):
+            raise UnsupportedModel(f"{self.name} fits no layer of {bundle.info.model_id}: {reasons[0]}.")
 
     def _apply(self, bundle: Bundle, prepared: Prepared, edits: Edits) -> tuple[Report, tuple[nn.Module, ...]]:
         layers = list(quantisable_layers(bundle.model))
-        count = math.ceil(self.share * len(layers))
+        count = math.ceil(round(self.share * len(layers), 9))
         skipped = {path: f"beyond the first {self.share:.0%} of layers" for path, _ in layers[count:]}
         skipped.update((path, reason) for path, layer in layers[:count] if (reason := self.refuses(layer)))
         chosen = [(path, layer) for path, layer in layers[:count] if path not in skipped]

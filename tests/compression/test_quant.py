@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from compression.quant.modules import fused_nf4_runs, int8_linear, linear_weight, nf4_linear
@@ -19,7 +20,7 @@ from core.architectures import FAMILIES
 from core.bundle import Bundle, storage_bytes, tensors_of
 from core.errors import InvalidRequest, UnsupportedModel
 from core.technique import Label
-from tests import contract
+from tests import contract, families
 from tests.known import known_bug
 from tests.tolerances import INT8_CODE, INT8_NORM, NF4_FUSED_NORM, NF4_UNPACKED
 
@@ -248,9 +249,9 @@ def test_quantised_layer_is_frozen_and_in_eval_mode(quantise: Callable[[nn.Modul
     assert not new.training and not any(p.requires_grad for p in new.parameters())
 
 
-@pytest.mark.parametrize("shape", [(256, 64), (256, 36)], ids=str)
+@pytest.mark.parametrize("shape", [(1024, 64), (1024, 36)], ids=str)
 def test_larger_blocks_and_double_scales_cost_accuracy_and_save_bytes(shape: tuple[int, int]) -> None:
-    layer, x = layer_of(shape), rows(256, 64)
+    layer, x = layer_of(shape), rows(1024, 64)
     exact = run(layer, x)
 
     def error_and_bytes(block: int, double: bool) -> tuple[float, int]:
@@ -297,21 +298,16 @@ def test_all_linear_layers_but_the_head_are_quantisable(family: str, family_bund
     assert ("model.decoder.project_in" in found) is (family == "opt_post_norm")
 
 
-MIXED_WIDTHS = ("gpt2", "gpt_neox", "opt_post_norm")  # some layers are 48 or 32 wide: no multiple of 64
-
-
-def model_cases() -> list[object]:
-    """Every family with blocks of 64, and the other block sizes offered: embedded models are 320 wide, SmolLM 576, GPT-2 768."""
-    cases = [(family, 64, family in MIXED_WIDTHS) for family in sorted(FAMILIES)] + [("llama", block, True) for block in (128, 256, 512, 1024)]
-    return [pytest.param(f, b, id=f"{f}-{b}", marks=ROWS_ACROSS_BLOCKS if across else ()) for f, b, across in cases]
-
-
-@pytest.mark.parametrize(("family", "block"), model_cases())
+@pytest.mark.parametrize(("family", "block"), [*((family, 64) for family in sorted(FAMILIES)), ("llama", 128)])
 def test_every_nf4_layer_of_a_model_has_the_weights_of_the_reference(family: str, block: int, family_bundle: BundleOf) -> None:
+    """Layers that bitsandbytes would compute wrongly on this machine are left as they are, and the report says so."""
     bundle = family_bundle(family)
     plain = {path: weight_and_bias(layer) for path, layer in quantisable_layers(bundle.model)}
     with contract.apply(BnbNf4(block_size=block), bundle) as applied:
-        assert applied.report.touched
+        assert applied.report.touched and {*applied.report.touched, *applied.report.skipped} == {*plain, "output head"}
+        for path in applied.report.skipped.keys() & plain.keys():
+            assert AVX512 and plain[path][0].shape[1] % block and "no multiple of the block" in applied.report.skipped[path]
+            assert isinstance(bundle.model.get_submodule(path), (nn.Linear, Conv1D)) and bundle.model.get_submodule(path).weight.is_floating_point()
         for path in applied.report.touched:
             weight, bias = plain[path]
             eye = torch.eye(weight.shape[1])
@@ -331,6 +327,22 @@ def test_every_int8_layer_of_a_model_computes_the_reference(family: str, family_
             assert_int8_output(run(bundle.model.get_submodule(path), x), weight, bias, x)
 
 
+def test_nf4_whose_block_fits_no_layer_is_refused(llama: Bundle) -> None:
+    with pytest.raises(UnsupportedModel, match="256"):
+        BnbNf4(block_size=256).check(llama)
+
+
+@known_bug("the share is taken before layers that do not fit are left out: here the first of them, so nothing is quantised", AVX512)
+def test_share_is_taken_of_the_layers_that_can_be_quantised(family_bundle: BundleOf) -> None:
+    contract.check_effect_is_real(BnbNf4(share=0.1), family_bundle("gpt2"))  # its attention is 48 wide, the end of its MLP 192
+
+
+def test_share_is_not_rounded_up_by_the_last_bit(tokenizer: PreTrainedTokenizerBase, llama: Bundle) -> None:
+    llama.model = families.make_model("gpt2", tokenizer, n_layer=25, n_embd=16)
+    with contract.apply(BnbInt8(share=0.55), llama) as applied:
+        assert len(applied.report.touched) == 55
+
+
 @pytest.mark.parametrize(("technique", "limit"), [(BnbInt8(), 0.1), (BnbInt8(threshold=0.0), 0.1), (BnbNf4(), 0.5)], ids=str)
 def test_quantised_model_stays_near_the_plain_one(technique: BnbInt8 | BnbNf4, limit: float, llama: Bundle) -> None:
     plain = contract.logits_of(llama)
@@ -339,7 +351,7 @@ def test_quantised_model_stays_near_the_plain_one(technique: BnbInt8 | BnbNf4, l
     assert 1e-3 < error < limit
 
 
-@pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.5, 7), (1.0, 14), (0.25, 4), (0.95, 13)])
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.5, 7), (1.0, 14), (0.25, 4), (0.95, 14), (0.01, 1)])
 @pytest.mark.parametrize("kind", [BnbInt8, BnbNf4])
 def test_share_takes_the_first_layers_and_says_why_others_are_skipped(kind: type[BnbInt8] | type[BnbNf4], share: float, expected: int, llama: Bundle) -> None:
     paths = paths_of(llama.model)
@@ -401,8 +413,7 @@ class Ops(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("block", [64, 128])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt_post_norm"])
+@pytest.mark.parametrize(("family", "block"), [("llama", 64), ("llama", 128), ("gpt2", 64), ("opt_post_norm", 64), ("opt_post_norm", 128)])
 def test_nf4_label_is_what_the_forward_does(family: str, block: int, family_bundle: BundleOf) -> None:
     bundle = family_bundle(family)
     ids = torch.tensor([[5, 6, 7]])
@@ -412,7 +423,7 @@ def test_nf4_label_is_what_the_forward_does(family: str, block: int, family_bund
         layers = len(applied.packed)
         packed = ops.names.count("gemv_4bit")  # computes with the codes; the others unpack the layer first
         assert packed + ops.names.count("gemm_4bit") == layers
-        assert applied.report.label is (Label.EXECUTED if packed == layers else Label.STORED)
+        assert applied.report.label is (Label.EXECUTED if layers and packed == layers else Label.STORED)
         assert f"{packed} of {layers} layers compute with the packed weights" in applied.report.notes[0]
 
 

@@ -164,6 +164,32 @@ def test_fused_projections_hold_query_key_value_side_by_side(family: str, family
     assert not torch.allclose(logits(), no_query)
 
 
+@pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.fused_by_head])
+def test_projections_fused_by_head_hold_query_key_value_of_each_head_together(family: str, family_bundle: BundleOf) -> None:
+    """As above, with rows [heads, 3, head_dim]."""
+    model, row = family_bundle(family).model, FAMILIES[family]
+    ((name, parts),) = row.fused.items()
+    heads = model.config.num_attention_heads
+    layers = [block.get_submodule(name) for block in row.block_list(model)]
+
+    def rewrite_(part: int, value: float | None) -> None:
+        for layer in layers:
+            for tensor in (layer.weight.data, layer.bias.data):
+                mine = tensor.view(heads, 3, -1, *tensor.shape[1:])[:, part]
+                mine.normal_(0, 0.5) if value is None else mine.fill_(value)
+
+    def logits() -> Tensor:
+        with torch.inference_mode():
+            return model(input_ids=IDS).logits
+
+    rewrite_(parts.index("q"), 0.0)
+    no_query = logits()
+    rewrite_(parts.index("k"), None)
+    assert torch.equal(logits(), no_query)
+    rewrite_(parts.index("v"), None)
+    assert not torch.allclose(logits(), no_query)
+
+
 def test_unknown_family_is_refused_by_name_with_what_is_admitted() -> None:
     model = BloomForCausalLM(BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2))
     assert family_of(model) == "bloom"

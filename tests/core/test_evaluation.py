@@ -151,8 +151,8 @@ def test_stop_ends_scoring_early_with_what_was_scored(llama: Bundle) -> None:
 
     def hook(module: object, args: object, output: object) -> None:
         calls.append(1)
-        if len(calls) == 3:
-            stop.request()
+        if len(calls) == 4:
+            stop.request()  # in the middle of the fourth forward: its logits are not used
 
     llama.model.model.norm.register_forward_hook(hook)
     continuation = llama.tokenizer("one two three four five")["input_ids"]

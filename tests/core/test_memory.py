@@ -60,12 +60,14 @@ V1 = "/sys/fs/cgroup/memory/"
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
     """`machine(available, {path: text})`: the memory the system reports and the files of its container."""
 
-    def set_up(available: int, files: dict[str, str]) -> None:
+    def set_up(available: int, files: dict[str, str], statistics: bool = True) -> None:
+        if statistics:
+            files = {V2 + "memory.stat": "anon 7\ninactive_file 0\n", V1 + "memory.stat": "cache 7\ntotal_inactive_file 0\n", **files}
         for name, text in files.items():
             path = tmp_path / name.lstrip("/")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-        monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+        monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=available, total=2 * available))
         monkeypatch.setattr(memory, "Path", lambda name: tmp_path / str(name).lstrip("/"))
 
     return set_up
@@ -85,6 +87,24 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., No
 def test_available_is_the_smaller_of_machine_and_container(files: dict[str, str], expected: int, machine: Callable[..., None]) -> None:
     machine(16 * GIB, files)
     assert memory.available_bytes() == expected
+
+
+@pytest.mark.parametrize("files", [
+    {V2 + "memory.max": f"{4 * GIB}\n", V2 + "memory.current": f"{GIB}\n"},
+    {V1 + "memory.limit_in_bytes": f"{4 * GIB}", V1 + "memory.usage_in_bytes": f"{GIB}"},
+], ids=["v2", "v1"])
+def test_limit_counts_where_there_are_no_statistics(files: dict[str, str], machine: Callable[..., None]) -> None:
+    machine(16 * GIB, files, statistics=False)
+    assert memory.available_bytes() == 3 * GIB and memory.total_bytes() == 4 * GIB
+
+
+@pytest.mark.parametrize(("files", "expected"), [
+    ({}, 32 * GIB), ({V2 + "memory.max": f"{4 * GIB}", V2 + "memory.current": f"{3 * GIB}"}, 4 * GIB),
+    ({V2 + "memory.max": "max", V2 + "memory.current": f"{3 * GIB}"}, 32 * GIB), ({V2 + "memory.max": f"{99 * GIB}", V2 + "memory.current": "0"}, 32 * GIB),
+], ids=["no container", "limit", "no limit", "limit above the machine"])
+def test_total_is_the_smaller_of_machine_and_container(files: dict[str, str], expected: int, machine: Callable[..., None]) -> None:
+    machine(16 * GIB, files)
+    assert memory.total_bytes() == expected
 
 
 def test_page_cache_of_the_container_can_be_had(machine: Callable[..., None]) -> None:

@@ -64,7 +64,7 @@ def test_saving_that_fails_leaves_the_old_file_whole(tmp_path: Path, monkeypatch
     ("{", r"r\.json is not JSON: line 1"), ('{"schema": 1,\n oops}', "line 2"), ("", "not JSON"),
     ("[1]", "not a recipe of schema 1"), ("null", "not a recipe"), ('"text"', "not a recipe"), ("{}", "not a recipe"),
     ('{"schema": 2, "model_id": "a"}', "not a recipe of schema 1"), ('{"schema": "1", "model_id": "a"}', "not a recipe"),
-    ('{"schema": 1}', "lacks model_id"), ('{"schema": 1, "model_id": 5}', "lacks model_id"),
+    ('{"schema": 1}', "model_id is missing or no text"), ('{"schema": 1, "model_id": 5}', "model_id is missing or no text"),
     ('{"schema": 1, "model_id": "a", "techniques": [{}]}', "technique without a name"),
     ('{"schema": 1, "model_id": "a", "techniques": ["bnb_int8"]}', "technique without a name"),
     ('{"schema": 1, "model_id": "a", "techniques": {"name": "x"}}', "technique without a name"),

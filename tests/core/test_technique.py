@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import FrozenInstanceError, dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from compression.quant.technique import BnbInt8, BnbNf4
+from core import architectures
 from core.bundle import Bundle
 from core.compatibility import compatible, ordered
-from core.errors import IncompatibleTechniques, InvalidRequest
+from core.errors import CalibrationError, IncompatibleTechniques, InvalidRequest, UnsupportedModel
 from core.reversible import Edits
 from core.technique import Applied, Effect, Label, Prepared, Report, Stage, Technique, option
+from engines.catalog import TECHNIQUES
 from optim.word_removal.technique import WordRemoval
 
 
@@ -52,7 +57,8 @@ def test_values_inside_the_limits_are_taken(settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("settings", "allowed"), [
-    ({"share": math.nan}, "finite number"), ({"share": math.inf}, "finite number"), ({"share": -math.inf}, "finite number"),
+    ({"share": math.nan}, "finite number"), ({"share": math.inf}, "it must"), ({"share": -math.inf}, "it must"),
+    pytest.param({"free": math.inf}, "finite number"),
     ({"share": "0.5"}, "finite number"), ({"share": None}, "finite number"), ({"share": True}, "finite number"), ({"share": [0.5]}, "finite number"),
     ({"share": -0.01}, "between 0.0 and 1.0"), ({"share": 1.01}, "between 0.0 and 1.0"), ({"share": -(10**300)}, "between 0.0 and 1.0"),
     ({"count": 0}, "between 1 and 64"), ({"count": 65}, "between 1 and 64"), ({"count": 2.5}, "whole number"), ({"count": math.nan}, "finite number"),
@@ -176,6 +182,66 @@ class Bare(Technique):
 def test_prepare_and_check_do_nothing_unless_overridden(llama: Bundle) -> None:
     assert Example().check(llama) is None
     assert Example().prepare(llama) == Prepared()
+
+
+# Prepared, on disk.
+
+
+def test_prepared_comes_back_with_every_bit_and_its_meta(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(3, 4), "half": torch.randn(5).to(torch.bfloat16), "ids": torch.arange(6), "turned": torch.randn(3, 4).T}
+    Prepared(tensors, {"clusters": "4", "note": "é 日本"}).save(tmp_path / "p.safetensors")
+    loaded = Prepared.load(tmp_path / "p.safetensors")
+    assert loaded.meta == {"clusters": "4", "note": "é 日本"} and loaded.tensors.keys() == tensors.keys()
+    assert all(loaded.tensors[n].dtype == t.dtype and torch.equal(loaded.tensors[n], t) for n, t in tensors.items())
+    assert [path.name for path in tmp_path.iterdir()] == ["p.safetensors"]
+
+
+def test_prepared_without_anything_comes_back(tmp_path: Path) -> None:
+    Prepared().save(tmp_path / "p.safetensors")
+    assert Prepared.load(tmp_path / "p.safetensors") == Prepared()
+
+
+def test_prepared_whose_saving_fails_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Prepared({"a": torch.ones(2)}).save(tmp_path / "p.safetensors")
+
+    def full_disk(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(OSError):
+        Prepared({"a": torch.zeros(2)}).save(tmp_path / "p.safetensors")
+    assert torch.equal(Prepared.load(tmp_path / "p.safetensors").tensors["a"], torch.ones(2))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff" * 100, "cut"], ids=["missing", "empty", "noise", "cut"])
+def test_prepared_that_cannot_be_read_is_a_calibration_error(content: bytes | str | None, tmp_path: Path) -> None:
+    path = tmp_path / "p.safetensors"
+    if content == "cut":
+        Prepared({"a": torch.ones(99)}).save(path)
+        path.write_bytes(path.read_bytes()[:-8])
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    with pytest.raises(CalibrationError, match=r"p\.safetensors cannot be read.*made again"):
+        Prepared.load(path)
+
+
+# Refusals of a family.
+
+
+def test_refusal_of_a_family_comes_from_the_table_with_its_reason(llama: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in (WordRemoval, BnbInt8, Example):
+        kind().check(llama)
+        with monkeypatch.context() as patch:
+            patch.setitem(architectures.REFUSED, ("llama", kind.name), "its rotation cannot be absorbed")
+            with pytest.raises(UnsupportedModel, match=r"its rotation cannot be absorbed\."):
+                kind().check(llama)
+            patch.setitem(architectures.REFUSED, ("gpt2", kind.name), "another family")
+        kind().check(llama)
+
+
+def test_table_of_refusals_names_families_and_techniques_that_exist() -> None:
+    for (family, technique), reason in architectures.REFUSED.items():
+        assert family in architectures.FAMILIES and technique in TECHNIQUES and len(reason) > 10
 
 
 # Order and compatibility.

@@ -145,12 +145,25 @@ def test_resuming_after_a_kill_gives_the_weights_of_an_uninterrupted_run(step: i
     with pytest.raises(Killed):
         train(toy(), squared, killed_at(step), plan(), checkpoint=tmp_path / "state")
     model = toy()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()  # the new process starts from anything; the checkpoint must bring it all
     resumed = train(model, squared, batch_at, plan(), checkpoint=tmp_path / "state")
     assert same_weights(model, whole)
     assert resumed.losses == report.losses and resumed.steps == 20
+
+
+@pytest.mark.parametrize("other", ["plan", "starting weights", "shape"])
+def test_checkpoint_of_another_run_is_refused_and_kept(other: str, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train(toy(), squared, killed_at(5), plan(), checkpoint=tmp_path / "state")
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1)) if other == "shape" else toy()
+    if other == "starting weights":
+        with torch.no_grad():
+            model[0].weight[0, 0] += 0.1
+    chosen = plan(learning_rate=0.03) if other == "plan" else plan()
+    with pytest.raises(InvalidRequest, match="another plan or other starting weights"):
+        train(model, squared, batch_at, chosen, checkpoint=tmp_path / "state")
+    again = toy()
+    train(again, squared, batch_at, plan(), checkpoint=tmp_path / "state")
+    assert same_weights(again, run_whole()[0])
 
 
 def test_muon_state_is_resumed_too(tmp_path: Path) -> None:

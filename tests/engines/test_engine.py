@@ -385,6 +385,20 @@ def test_stop_keeps_the_partial_answer(bundle: Bundle, monkeypatch: pytest.Monke
     assert answer.metrics.output_tokens == 4
 
 
+def test_warm_up_leaves_no_first_time_work_to_the_first_answer(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling the chat template takes longer than a tiny prefill; left over, it would slow the first column only."""
+    rendered: list[None] = []
+    render = bundle.tokenizer.apply_chat_template
+    monkeypatch.setattr(bundle.tokenizer, "apply_chat_template", lambda *args, **kwargs: rendered.append(None) or render(*args, **kwargs))
+    baseline_engine(bundle).warm_up()
+    assert rendered
+
+
+def test_warm_up_takes_a_template_that_refuses_its_text(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle.tokenizer, "chat_template", "{{ raise_exception('no') }}")
+    baseline_engine(bundle).warm_up()
+
+
 def test_too_long_prompt_is_refused_before_the_model_runs(shared_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "generate", lambda *_: pytest.fail("the model was run"))
     with pytest.raises(PromptTooLong, match="256 in all"):

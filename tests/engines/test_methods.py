@@ -183,9 +183,8 @@ def test_bad_value_is_refused_by_technique_option_and_value(name: str, option: s
 @pytest.mark.parametrize("value", [None, [3], {"a": 1}, 10**400, float("nan"), "4", True], ids=lambda v: repr(v)[:12])
 @pytest.mark.parametrize(("name", "option"), [("word_removal", "every"), ("word_removal", "minimum_words"), ("bnb_int8", "share")])
 def test_bad_value_of_a_form_is_refused_by_technique_and_option(name: str, option: str, value: object) -> None:
-    with pytest.raises(InvalidRequest, match=rf"^{name}: {option} is ") as refusal:
+    with pytest.raises(InvalidRequest, match=rf"^{name}: {option} is "):
         make_technique(name, {option: value})
-    assert len(str(refusal.value)) < 300
 
 
 def test_technique_given_twice_is_refused() -> None:

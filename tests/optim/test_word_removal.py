@@ -13,11 +13,20 @@ from hypothesis import strategies as st
 from core.bundle import Bundle
 from core.technique import Label
 from engines.prompting import build_prompt
-from optim.word_removal.ops import ABBREVIATIONS, NEGATIONS, RemovalResult, ends_sentence, is_protected, remove_words
+from optim.word_removal.ops import (
+    ABBREVIATIONS,
+    COMMON_OPENERS,
+    NEGATIONS,
+    NUMBER_WORDS,
+    RemovalResult,
+    ends_sentence,
+    is_protected,
+    remove_words,
+)
 from optim.word_removal.technique import WordRemoval
 from tests import contract
 
-PLAIN = "one two three four five six seven eight nine ten eleven twelve"
+PLAIN = "red green blue white black brown grey pink gold silver amber violet"
 EVERY = st.sampled_from([2, 3, 4, 5, 7])
 
 
@@ -34,9 +43,9 @@ def cores(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("every", "text", "removed"), [
-    (3, "one two four five seven eight ten eleven", ("three", "six", "nine", "twelve")),
-    (4, "one two three five six seven nine ten eleven", ("four", "eight", "twelve")),
-    (5, "one two three four six seven eight nine eleven twelve", ("five", "ten")),
+    (3, "red green white black grey pink silver amber", ("blue", "brown", "gold", "violet")),
+    (4, "red green blue black brown grey gold silver amber", ("white", "pink", "violet")),
+    (5, "red green blue white brown grey pink gold amber violet", ("black", "silver")),
 ])
 def test_every_nth_word_of_plain_text_goes(every: int, text: str, removed: tuple[str, ...]) -> None:
     assert remove_words(PLAIN, every) == RemovalResult(text, 12, removed)
@@ -46,14 +55,14 @@ def test_every_nth_word_of_plain_text_goes(every: int, text: str, removed: tuple
     ("we saw London and Paris again", "we saw London Paris again", ("and",)),
     ("it costs 300 dollars or more today", "it costs 300 or more", ("dollars", "today")),
     ("please do not go there now again", "please do not there now", ("go", "again")),
-    ("this is easy. Next we read it slowly", "this is easy. we read slowly", ("Next", "it")),
+    ("this is easy. The rest we read slowly", "this is easy. rest we slowly", ("The", "read")),
 ])
 def test_where_the_nth_word_is_protected_the_next_one_that_is_not_goes(text: str, expected: str, removed: tuple[str, ...]) -> None:
     assert remove_words(text, 3) == RemovalResult(expected, len(text.split()), removed)
 
 
 @pytest.mark.parametrize("word", [
-    *sorted(NEGATIONS), "don't", "isn\u2019t", "Won't", "NOT", "Never", "can't,", *sorted(ABBREVIATIONS), "42", "3.14", "2nd", "H2O", "end.", "what?", "stop!", "so:", "well;",
+    *sorted(NEGATIONS), *sorted(NUMBER_WORDS), "Seven", "don't", "isn\u2019t", "Won't", "NOT", "Never", "can't,", *sorted(ABBREVIATIONS), "42", "3.14", "2nd", "H2O", "end.", "what?", "stop!", "so:", "well;",
     "wait\u2026", 'said."', "done.)", "(open", '"quoted', "\u201cquoted", "[1]", "$5", "#tag", "@name", "a@b.example", "/usr/bin", "C:\\dir", "x=1", "snake_case", "<tag>",
     "a{b}", "\u3002", "--", "...", "\u662f\uff1f",
 ])
@@ -61,8 +70,13 @@ def test_word_that_carries_meaning_is_protected_anywhere(word: str) -> None:
     assert is_protected(word, starts_sentence=False) and is_protected(word, starts_sentence=True)
 
 
-@pytest.mark.parametrize("word", ["London", "\u00c9cole", "McDonald", "Paris,", "A"])
-def test_name_is_protected_inside_a_sentence_only(word: str) -> None:
+@pytest.mark.parametrize("word", ["London", "\u00c9cole", "McDonald", "Paris,", "Gamma", "Next"])
+def test_word_with_a_capital_may_be_a_name_and_is_protected_anywhere(word: str) -> None:
+    assert is_protected(word, starts_sentence=False) and is_protected(word, starts_sentence=True)
+
+
+@pytest.mark.parametrize("word", sorted(word.capitalize() for word in COMMON_OPENERS - NEGATIONS - NUMBER_WORDS if word != "i"))
+def test_word_that_often_opens_a_sentence_is_no_name_there(word: str) -> None:
     assert is_protected(word, starts_sentence=False) and not is_protected(word, starts_sentence=True)
 
 
@@ -83,13 +97,14 @@ def test_end_of_a_sentence_is_told_from_an_abbreviation(word: str, ends: bool) -
     assert ends_sentence(word) is ends
 
 
-def test_first_word_after_a_sentence_is_no_name() -> None:
-    assert remove_words("alpha beta. Gamma delta", 3).removed == ("Gamma",)
-    assert remove_words("alpha beta Gamma delta", 3).removed == ("delta",)
+def test_common_first_word_after_a_sentence_is_no_name() -> None:
+    assert remove_words("alpha beta. The delta", 3).removed == ("The",)
+    assert remove_words("alpha beta The delta", 3).removed == ("delta",)
+    assert remove_words("alpha beta. Gamma delta", 3).removed == ("delta",)
 
 
 def test_line_break_starts_a_sentence() -> None:
-    assert remove_words("alpha beta\nGamma delta", 3).removed == ("Gamma",)
+    assert remove_words("alpha beta\nThe delta", 3).removed == ("The",)
 
 
 # The rest of the text.
@@ -98,13 +113,13 @@ def test_line_break_starts_a_sentence() -> None:
 @pytest.mark.parametrize(("text", "expected"), [
     ("first line word\nsecond line word\nthird line here", "first line\nsecond line\nthird line"),
     ("a\n\nb c d", "a\n\nb d"),
-    ("one two\nthree four", "one two\nfour"),
-    ("  lead one two three", "  lead one three"),
-    ("one two three\n", "one two\n"),
-    ("one two three", "one two"),
-    ("one two three four", "one two four"),
-    ("one, two, three, four", "one, two, four"),
-    ("one two three, four", "one two, four"),
+    ("red green\nblue white", "red green\nwhite"),
+    ("  lead red green blue", "  lead red blue"),
+    ("red green blue\n", "red green\n"),
+    ("red green blue", "red green"),
+    ("red green blue white", "red green white"),
+    ("red, green, blue, white", "red, green, white"),
+    ("red green blue, white", "red green, white"),
     ("x (alpha beta) gamma", "x (alpha) gamma"),
     ('he said "go away now" then', 'he said "go now" then'),
 ])
@@ -112,12 +127,12 @@ def test_blanks_line_breaks_and_closing_marks_stay_tidy(text: str, expected: str
     assert remove_words(text, 3).text == expected
 
 
-@pytest.mark.parametrize(("text", "expected"), [("one  two  three  four", "one  two  four"), ("one\ttwo\tthree\tfour", "one\ttwo\tfour"), ("one two  three", "one two")])
+@pytest.mark.parametrize(("text", "expected"), [("red  green  blue  white", "red  green  white"), ("red\tgreen\tblue\twhite", "red\tgreen\twhite"), ("red green  blue", "red green")])
 def test_wider_blanks_do_not_pile_up(text: str, expected: str) -> None:
     assert remove_words(text, 3).text == expected
 
 
-@pytest.mark.parametrize("code", ["`one two three four`", "```\none two three four five\n```", "```py\na b c d\ne f g\n```", "```\nnever closed a b c d e f"])
+@pytest.mark.parametrize("code", ["`red green blue white`", "```\nred green blue white black\n```", "```py\na b c d\ne f g\n```", "```\nnever closed a b c d e f"])
 def test_code_stays_as_it_is(code: str) -> None:
     result = remove_words(f"please run the code {code}", 3)
     assert code in result.text
@@ -140,8 +155,8 @@ def test_every_below_two_is_the_identity(every: int, text: str) -> None:
 
 
 def test_short_texts_stay_whole() -> None:
-    assert remove_words("one two three four five", 3, minimum_words=6).text == "one two three four five"
-    assert remove_words("one two three four five six", 3, minimum_words=6).text == "one two four five"
+    assert remove_words("red green blue white black", 3, minimum_words=6).text == "red green blue white black"
+    assert remove_words("red green blue white black brown", 3, minimum_words=6).text == "red green white black"
 
 
 @pytest.mark.parametrize("text", ["a!" + "!" * 20_000 + "a " * 6, "`" * 20_001 + " a b c d e f", "." * 20_000 + "a b c d e f", "a" * 50_000 + " b c d e f g", "\u00e9 " * 20_000])
@@ -161,17 +176,12 @@ TEXTS = st.lists(st.tuples(st.one_of(COMMON, WORDS), st.sampled_from([" ", " ", 
 @given(TEXTS, EVERY)
 def test_kept_and_removed_words_account_for_the_text(text: str, every: int) -> None:
     result = remove_words(text, every)
+    whole, left, removed = cores(text), cores(result.text), [core(word) for word in result.removed]
     assert result.words == len(text.split())
-    left, removed = cores(result.text), [core(w) for w in result.removed]
-    merged: list[str] = []
-    for word in cores(text):  # removed words, put back in their order among the kept ones, give the text again
-        if removed and word == removed[0] and (not left or left[0] != word or len(left) + len(removed) > len(cores(text)) - len(merged)):
-            merged.append(removed.pop(0))
-        elif left and left[0] == word:
-            merged.append(left.pop(0))
-        elif removed and word == removed[0]:
-            merged.append(removed.pop(0))
-    assert (not left and not removed and merged == cores(text)) or sorted(cores(result.text) + [core(w) for w in result.removed]) == sorted(cores(text))
+    assert sorted(left + removed) == sorted(whole)
+    for part in (left, removed):  # both in the order of the text
+        rest = iter(whole)
+        assert all(word in rest for word in part)
 
 
 @given(TEXTS, EVERY)
@@ -231,7 +241,7 @@ def test_technique_adds_itself_to_the_filters_and_leaves_the_model(llama: Bundle
     technique = WordRemoval(every=3, minimum_words=0)
     with technique.apply(llama, technique.prepare(llama)) as applied:
         assert llama.prompt_filters == (str.lower, technique)
-        assert llama.filter_prompt("ONE TWO THREE FOUR") == "one two four"
+        assert llama.filter_prompt("RED GREEN BLUE WHITE") == "red green white"
         assert applied.report.touched == ("prompt_filters",) and applied.report.label is Label.EXECUTED
         assert (applied.report.bytes_before, applied.report.bytes_after) == (0, 0)
     assert llama.prompt_filters == (str.lower,) and dict(llama.model.named_modules()) == before
@@ -244,7 +254,7 @@ def test_prompt_tokens_are_fewer_and_both_counts_are_measured(llama: Bundle) -> 
     with technique.apply(llama, technique.prepare(llama)):
         short = build_prompt(llama, messages)  # type: ignore[arg-type]
     assert short.unfiltered_tokens == plain.unfiltered_tokens == len(plain.ids) > len(short.ids)
-    assert short.text.count("twelve") == 1 and plain.text.count("twelve") == 2  # only the user's words go
+    assert short.text.count("violet") == 1 and plain.text.count("violet") == 2  # only the user's words go
     assert len(short.ids) == len(llama.tokenizer(short.text, add_special_tokens=False)["input_ids"])
 
 
