@@ -18,7 +18,7 @@ from engines.figures import token_latency_figure
 from engines.gate import DeviceGate
 from engines.methods import BASELINE, parse_method
 from engines.pool import AUTO, EnginePool, check_dtype
-from engines.prompting import Message, clean_message
+from engines.prompting import Message, clean_message, has_visible_text
 from engines.result import Result
 from engines.sampling import Sampling
 
@@ -106,7 +106,7 @@ class ChatService:
         """
         checked = replace(
             request, message=clean_message(request.message), methods=checked_methods(request.methods), dtype=check_dtype(request.dtype),
-            system=clean_message(request.system) if str(request.system or "").strip() else "",
+            system="" if isinstance(request.system, str) and not has_visible_text(request.system) else clean_message(request.system),
         )
         return self._events(checked, stop or Stop())
 
@@ -139,7 +139,8 @@ class ChatService:
         done: dict[str, tuple[Engine, Answer]] = {}
         try:
             # A download takes minutes and no core: it does not keep others from the device.
-            locate(request.model_id, request.revision, _progress_of(columns[0], stop, emit), self.pool.allow_local)
+            if not self.pool.holds(request.model_id, revision=request.revision, dtype=request.dtype):
+                locate(request.model_id, request.revision, _progress_of(columns[0], stop, emit), self.pool.allow_local)
             with self.gate.hold(stop) as held:
                 if not held:
                     raise InvalidRequest("Stopped while waiting for the engine.")

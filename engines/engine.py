@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -36,7 +37,7 @@ class Answer:
 
 
 class Engine:
-    """Runs one bundle. Not for two threads at once: callers hold the device's gate."""
+    """Runs one bundle, one answer at a time; whoever comes second waits."""
 
     def __init__(self, bundle: Bundle, applied: Sequence[Applied] = (), techniques: Sequence[Technique] = ()) -> None:
         self.bundle = bundle
@@ -44,6 +45,7 @@ class Engine:
         self.method = method_name(self.techniques)
         self.reports = tuple(a.report for a in applied)
         self._applied = tuple(applied)
+        self._busy = threading.Lock()
         self.weights = weight_bytes(bundle, (a.edits for a in applied), (m for a in applied for m in a.packed))
 
     def storages(self) -> dict[int, int]:
@@ -71,6 +73,10 @@ class Engine:
             PromptTooLong: with the numbers.
             InvalidRequest: the conversation cannot be rendered.
         """
+        with self._busy:
+            return self._answer(messages, sampling, stop, on_text)
+
+    def _answer(self, messages: Sequence[Message], sampling: Sampling, stop: Stop, on_text: Callable[[str], None]) -> Answer:
         peak_counts = reset_peak()
         began = time.perf_counter()
         prompt = build_prompt(self.bundle, messages)

@@ -78,6 +78,11 @@ class EnginePool:
             loaded = any((k.model_id, k.revision, k.dtype) == (model_id, revision, dtype) for k in self._engines)
         return self._choices.get(EngineKey(model_id, revision, dtype, method_name(()))) if loaded else None
 
+    def holds(self, model_id: str, *, revision: str | None = None, dtype: str = AUTO) -> bool:
+        """Whether the model's baseline is loaded, so that nothing needs to be looked up or downloaded."""
+        with self._lock:
+            return EngineKey(model_id, revision, dtype, method_name(())) in self._engines
+
     def unload(self, model_id: str | None = None) -> int:
         """Drop the engines of a model, or all; returns how many. Running answers finish on what they hold."""
         with self._lock:

@@ -33,6 +33,11 @@ class Prompt:
     unfiltered_tokens: int
 
 
+def has_visible_text(text: object) -> bool:
+    """True when there is more than blanks, control and invisible characters."""
+    return isinstance(text, str) and any(not ch.isspace() and unicodedata.category(ch) not in ("Cf", "Cc") for ch in text)
+
+
 def clean_message(text: object) -> str:
     """A user's message without characters no tokenizer can take.
 
@@ -44,7 +49,7 @@ def clean_message(text: object) -> str:
     if len(text) > MAX_CHARACTERS:
         raise InvalidRequest(f"The message has {len(text):,} characters; at most {MAX_CHARACTERS:,} are taken.")
     text = _encodable(text).replace("\0", "")
-    if not any(not ch.isspace() and unicodedata.category(ch) not in ("Cf", "Cc") for ch in text):
+    if not has_visible_text(text):
         raise InvalidRequest("The message is empty. Type a question.")
     return text
 

@@ -50,7 +50,15 @@ def nf4_linear(layer: nn.Module, block_size: int, double_quant: bool) -> nn.Modu
     new.eval()
     with torch.inference_mode():  # the fused kernel repacks at its first call; do it here, so that bytes are final
         new(torch.zeros(1, weight.shape[1], dtype=dtype, device=weight.device))
+    new.register_state_dict_pre_hook(_flatten_scales)
     return new
+
+
+def _flatten_scales(layer: Any, prefix: str, keep_vars: bool) -> None:
+    """For `state_dict()` bitsandbytes turns fused codes back but not their scales, which then belong to other weights."""
+    state = layer.weight.quant_state
+    if getattr(state, "packing_format_for_cpu", False) and not state.original_nested:
+        state.absmax = state.absmax.T.reshape(-1).float()
 
 
 def fused_nf4_runs(layer: Any, block_size: int) -> bool:

@@ -50,10 +50,10 @@ class _BitsAndBytes(Technique):
 
     def _apply(self, bundle: Bundle, prepared: Prepared, edits: Edits) -> tuple[Report, tuple[nn.Module, ...]]:
         layers = list(quantisable_layers(bundle.model))
-        count = math.ceil(round(self.share * len(layers), 9))
-        skipped = {path: f"beyond the first {self.share:.0%} of layers" for path, _ in layers[count:]}
-        skipped.update((path, reason) for path, layer in layers[:count] if (reason := self.refuses(layer)))
-        chosen = [(path, layer) for path, layer in layers[:count] if path not in skipped]
+        skipped = {path: reason for path, layer in layers if (reason := self.refuses(layer))}
+        fit = [(path, layer) for path, layer in layers if path not in skipped]
+        chosen = fit[: math.ceil(round(self.share * len(fit), 9))]
+        skipped.update((path, f"beyond the first {self.share:.0%} of layers") for path, _ in fit[len(chosen) :])
         skipped["output head"] = "kept in full precision, as bitsandbytes does"
         before = storage_bytes(tensors_of(layer for _, layer in chosen))
         packed = []

@@ -264,7 +264,6 @@ def test_larger_blocks_and_double_scales_cost_accuracy_and_save_bytes(shape: tup
     assert 0.002 < int8 < 0.02 < small[0]
 
 
-@known_bug("bitsandbytes turns fused weights back for state_dict() but not their scales: a row of several blocks gets them in another order")
 def test_reading_the_state_dict_does_not_change_a_fused_nf4_layer() -> None:
     new, x = nf4_linear(layer_of((256, 32)), 64, False), rows(256)
     if not fused_nf4_runs(new, 64):
@@ -332,7 +331,6 @@ def test_nf4_whose_block_fits_no_layer_is_refused(llama: Bundle) -> None:
         BnbNf4(block_size=256).check(llama)
 
 
-@known_bug("the share is taken before layers that do not fit are left out: here the first of them, so nothing is quantised", AVX512)
 def test_share_is_taken_of_the_layers_that_can_be_quantised(family_bundle: BundleOf) -> None:
     contract.check_effect_is_real(BnbNf4(share=0.1), family_bundle("gpt2"))  # its attention is 48 wide, the end of its MLP 192
 

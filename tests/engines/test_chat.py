@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import engines.chat as chat_module
+import engines.pool as pool_module
 from core.bundle import Bundle
 from core.errors import CalibrationError, FuseboxError, HubUnavailable, InvalidRequest
 from core.progress import Stop
@@ -32,7 +33,6 @@ from engines.engine import Answer
 from engines.gate import DeviceGate
 from engines.methods import parse_method
 from engines.pool import EnginePool
-from tests.known import known_bug
 
 Make = Callable[..., ChatRequest]
 THREE = ("baseline", "word_removal", "bnb_int8")
@@ -134,7 +134,6 @@ def test_at_once_runs_columns_together_and_marks_the_times(service: ChatService,
     assert [a.metrics.peak_rss_bytes for a in answers.values()] == [None, None]  # one process, one peak: not this column's
 
 
-@known_bug("two spellings of one method are two columns over one engine")
 def test_at_once_never_runs_one_engine_in_two_threads(service: ChatService, make_request: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine is not made for that: quantised layers keep state between the calls of one forward."""
     inside: dict[int, int] = {}
@@ -220,7 +219,6 @@ def test_unknown_model_fails_every_column_in_words(service: ChatService, make_re
     assert all("no such folder" in text for text in errors.values())
 
 
-@known_bug("a hub model is looked up again at every question, engine or not")
 def test_loaded_model_is_not_looked_for_again(service: ChatService, make_request: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub may be slow or down by now; the engine is here."""
     assert ask(service, make_request("baseline"))[1] == {}
@@ -353,6 +351,22 @@ def test_stop_while_waiting_ends_the_request(module_pool: EnginePool, make_reque
     assert answers == {}
     assert set(errors) == {"baseline", "word_removal"}
     assert all("while waiting" in text for text in errors.values())
+
+
+def test_stop_while_the_model_loads_ends_the_request(make_request: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    service, stop, load = ChatService(EnginePool()), Stop(), pool_module.load_bundle
+
+    def pressing(*args: Any, **settings: Any) -> Any:
+        stop.request()
+        return load(*args, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool_module, "load_bundle", pressing)
+        answers, errors = collect(service.stream(make_request("baseline", "word_removal"), stop))
+    assert answers == {}
+    assert errors == {"baseline": "Stopped while the model was loading.", "word_removal": "Stopped before this column began."}
+    assert service.pool.keys() == []
+    assert ask(service, make_request("baseline"))[1] == {}
 
 
 def test_stop_while_scoring_leaves_answers_without_a_score(service: ChatService, make_request: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -554,7 +568,6 @@ def test_blank_system_prompt_is_left_out(service: ChatService, make_request: Mak
     assert answers["baseline"].prompt.text == "<|bos|><|user|>Hi?<|end|><|assistant|>"
 
 
-@known_bug("it is refused as an empty message")
 def test_system_prompt_without_a_visible_character_is_left_out(service: ChatService, make_request: Make) -> None:
     answers, _ = ask(service, make_request("baseline", message="Hi?", system="\u200b\ufeff"))
     assert answers["baseline"].prompt.text == "<|bos|><|user|>Hi?<|end|><|assistant|>"
