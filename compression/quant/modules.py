@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+
+from core.linear_layers import linear_weight
 
 # At import it reports that an optional kernel of the hub is missing; ours never comes from there.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -15,13 +16,6 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 import bitsandbytes as bnb  # noqa: E402
-
-
-def linear_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight as [out_features, in_features] and bias of an nn.Linear or a transformers Conv1D."""
-    weight: Any = layer.weight.T if isinstance(layer, Conv1D) else layer.weight  # type: ignore[operator]
-    bias: Any = layer.bias
-    return weight.detach(), None if bias is None else bias.detach()
 
 
 def int8_linear(layer: nn.Module, threshold: float) -> nn.Module:

@@ -14,11 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from compression.quant.modules import fused_nf4_runs, int8_linear, linear_weight, nf4_linear
+from compression.quant.modules import fused_nf4_runs, int8_linear, nf4_linear
 from compression.quant.technique import BnbInt8, BnbNf4, quantisable_layers
 from core.architectures import FAMILIES
 from core.bundle import Bundle, storage_bytes, tensors_of
 from core.errors import InvalidRequest, UnsupportedModel
+from core.linear_layers import linear_weight
 from core.technique import Label
 from tests import contract, families
 from tests.known import known_bug
