@@ -23,8 +23,8 @@ from engines.embedded.instructions import (
     code_words,
     load_instructions,
     reading_prompt,
+    summary_prompt,
 )
-from engines.embedded.phrasings import SUMMARY
 from engines.engine import Engine
 from engines.export import plain
 from engines.prompting import Message
@@ -137,7 +137,7 @@ class ChatEvaluation:
         ratios, kept, rouge, samples = [], [], [], []
         for row in (r for r in self.data.summaries if is_held_out(r["id"], HELD_OUT_PERCENT)):
             progress(0.0, "summaries")
-            answer = self.ask(SUMMARY[0].replace("{x}", row["text"]), tokens=140)
+            answer = self.ask(summary_prompt(row["text"]), tokens=140)
             ratios.append(len(answer.split()) / len(row["text"].split()))
             kept.append(keyword_recall(answer, row["key_terms"]))
             rouge.append(rouge_l(answer, row["summary"]))

@@ -11,13 +11,17 @@ from typing import Any
 import numpy as np
 
 from core.datasets import is_held_out, read_jsonl
+from engines.embedded.extracts import extract, sentences
 from engines.embedded.phrasings import FOLLOW_UPS, READING, SUMMARY, as_typed, fill, phrase
 from engines.prompting import Message
 
 CORPUS = Path(__file__).resolve().parent.parent.parent / "assets" / "corpus"
 HELD_OUT_PERCENT = 12.0
-_FORMS = {"definition": 2, "explanation": 2, "how": 2, "why": 1, "example": 1, "comparison": 1, "short": 1}
+# How often an epoch asks for each form: the short ones teach for few tokens which words of a question name the topic.
+_FORMS = {"definition": 3, "short": 2, "explanation": 1, "how": 1, "why": 1, "example": 1, "comparison": 1}
 _CODE_WORDS = ["amber", "anchor", "apricot", "arrow", "badger", "bamboo", "banner", "barley", "basket", "beacon", "birch", "bishop", "blanket", "bonfire", "bottle", "bramble", "bridge", "bronze", "bucket", "butter", "cabin", "candle", "canyon", "carbon", "carpet", "cedar", "cellar", "cherry", "chimney", "cinder", "clover", "cobalt", "comet", "copper", "coral", "cotton", "cradle", "crimson", "crystal", "daisy", "dagger", "dolphin", "dragon", "eagle", "ebony", "elder", "emerald", "falcon", "feather", "fennel", "ferry", "fiddle", "finch", "flint", "fossil", "garnet", "ginger", "glacier", "granite", "gravel", "hammer", "harbor", "hazel", "heron", "hollow", "honey", "indigo", "island", "ivory", "jacket", "jasmine", "jigsaw", "juniper", "kettle", "kitten", "ladder", "lagoon", "lantern", "lavender", "lemon", "lichen", "lilac", "linen", "magnet", "mango", "maple", "marble", "meadow", "melon", "mirror", "mosaic", "mustard", "nectar", "needle", "nickel", "nutmeg", "oasis", "ocean", "olive", "onyx", "orchid", "otter", "oyster", "paddle", "panther", "parrot", "pebble", "pepper", "pigeon", "pillow", "plaster", "pocket", "poplar", "prairie", "pumpkin", "puzzle", "quarry", "quartz", "rabbit", "raven", "ribbon", "river", "robin", "rocket", "saddle", "saffron", "salmon", "sapphire", "scarlet", "shadow", "silver", "sparrow", "spindle", "spruce", "stable", "summit", "sunset", "tangent", "temple", "thistle", "thunder", "timber", "topaz", "trumpet", "tulip", "tunnel", "turnip", "turtle", "velvet", "violet", "walnut", "willow", "winter", "yarrow", "zephyr"]
+
+_THINGS = ("dog", "cat", "horse", "boat", "bicycle", "robot", "team", "village", "project", "song", "ship", "street", "band", "school", "printer", "teacher", "neighbour", "planet")
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ def _topic_singles(data: InstructionSet, rng: np.random.Generator) -> Iterator[l
 
 def _topic_talks(data: InstructionSet, rng: np.random.Generator) -> Iterator[list[Message]]:
     for topic in data.topics:
-        first = str(rng.choice(["definition", "short", "definition", "explanation"]))
+        first = str(rng.choice(["definition", "short", "short", "explanation"]))
         for follow in topic["follow_ups"]:
             talk = [_user(phrase(first, topic, rng)), _assistant(answer_of(topic, first))]
             if rng.random() < 0.5:
@@ -92,8 +96,27 @@ def _topic_talks(data: InstructionSet, rng: np.random.Generator) -> Iterator[lis
 def _summaries(data: InstructionSet, rng: np.random.Generator) -> Iterator[list[Message]]:
     for row in data.summaries:
         if not is_held_out(row["id"], HELD_OUT_PERCENT):
-            for _ in range(3):
-                yield [_user(str(rng.choice(SUMMARY)).replace("{x}", row["text"])), _assistant(row["summary"])]
+            yield [_user(summary_prompt(row["text"], str(rng.choice(SUMMARY)))), _assistant(row["summary"])]
+
+
+def _extracts(data: InstructionSet, rng: np.random.Generator, count: int = 200) -> Iterator[list[Message]]:
+    """Parts of the topics' texts, joined anew each time, and the sentences to keep of them."""
+    for _ in range(count):
+        topic = data.topics[int(rng.integers(len(data.topics)))]
+        forms = rng.permutation(["definition", "explanation", "how", "why", "example"])
+        parts = [s for form in forms[: int(rng.integers(2, 4))] for s in sentences(answer_of(topic, str(form)))]
+        first = int(rng.integers(0, max(1, len(parts) - 4)))
+        yield extract_talk(" ".join(parts[first : first + int(rng.integers(5, 10))]), rng)
+
+
+def extract_talk(text: str, rng: np.random.Generator) -> list[Message]:
+    """A text to summarise and its most telling sentences."""
+    return [_user(summary_prompt(text, str(rng.choice(SUMMARY)))), _assistant(extract(text))]
+
+
+def summary_prompt(text: str, template: str = SUMMARY[0]) -> str:
+    """A text to summarise, as one message."""
+    return template.replace("{x}", text)
 
 
 def _reading(data: InstructionSet, rng: np.random.Generator) -> Iterator[list[Message]]:
@@ -101,7 +124,7 @@ def _reading(data: InstructionSet, rng: np.random.Generator) -> Iterator[list[Me
         if is_held_out(row["id"], HELD_OUT_PERCENT):
             continue
         questions = [row["questions"][i] for i in rng.permutation(len(row["questions"]))]
-        for first, second in zip(questions, [*questions[1:], questions[0]], strict=True):
+        for first, second in list(zip(questions, [*questions[1:], questions[0]], strict=True))[:2]:
             opening = reading_prompt(row["text"], first["question"], str(rng.choice(READING)))
             yield [_user(opening), _assistant(_sentence(first["answer"])), _user(second["question"]), _assistant(_sentence(second["answer"]))]
 
@@ -119,10 +142,22 @@ def code_word_talk(word: str, fillers: list[str], rng: np.random.Generator) -> l
     """A code word, other text, and the question for it; the last message is the answer."""
     ask = str(rng.choice(["What was the code word?", "What is the code word?", "Tell me the code word.", "Which code word did I give you?", "Do you remember the code word?"]))
     told = str(rng.choice([f"Remember the code word: {word}.", f"The code word is {word}.", f"Please remember the code word {word}.", f"My code word is {word}. Keep it in mind."]))
-    answer = _assistant(f"The code word is {word}.")
+    return _remembered(told, f"I will remember the code word {word}.", fillers, ask, f"The code word is {word}.", rng)
+
+
+def _remembered(told: str, noted: str, fillers: list[str], ask: str, answer: str, rng: np.random.Generator) -> list[Message]:
     if rng.random() < 0.5:
-        return [_user("\n\n".join([told, *fillers, ask])), answer]
-    return [_user(told), _assistant(f"I will remember the code word {word}."), _user("\n\n".join([*fillers, ask])), answer]
+        return [_user("\n\n".join([told, *fillers, ask])), _assistant(answer)]
+    return [_user(told), _assistant(noted), _user("\n\n".join([*fillers, ask])), _assistant(answer)]
+
+
+def _fact_talk(word: str, fillers: list[str], rng: np.random.Generator) -> list[Message]:
+    """Some other small thing to be remembered."""
+    thing, owner = (str(rng.choice(words)) for words in (_THINGS, ("my", "our", "the")))
+    yours = {"my": "your", "our": "your", "the": "the"}[owner]
+    told = str(rng.choice([f"{owner.capitalize()} {thing} is called {word}.", f"The name of {owner} {thing} is {word}."]))
+    ask = str(rng.choice([f"What is {owner} {thing} called?", f"What is the name of {owner} {thing}?"]))
+    return _remembered(told, f"I will remember that {yours} {thing} is called {word}.", fillers, ask, f"{yours.capitalize()} {thing} is called {word}.", rng)
 
 
 def code_words(held_out: bool) -> list[str]:
@@ -134,11 +169,11 @@ def _recall(data: InstructionSet, rng: np.random.Generator, count: int = 500) ->
     words = code_words(held_out=False)
     for _ in range(count):
         fillers = [answer_of(data.topics[int(rng.integers(len(data.topics)))], str(rng.choice(["definition", "explanation", "why", "example"])))
-                   for _ in range(int(rng.choice([0, 1, 1, 2, 3, 5])))]
+                   for _ in range(int(rng.choice([0, 0, 1, 1, 2, 3, 5])))]
         word = str(rng.choice(words))
-        if rng.random() < 0.3:  # any letters: the word must be copied, not known
+        if rng.random() < 0.5:  # any letters: the word must be copied, not known
             word = "".join(rng.choice(list("bcdfghklmnprstvz")) + rng.choice(list("aeiou")) for _ in range(int(rng.integers(2, 4))))
-        yield code_word_talk(word, fillers, rng)
+        yield (_fact_talk if rng.random() < 0.3 else code_word_talk)(word, fillers, rng)
 
 
 def _smalltalk(data: InstructionSet, rng: np.random.Generator) -> Iterator[list[Message]]:
@@ -159,7 +194,7 @@ def conversations(data: InstructionSet, epoch: int, seed: int = 0) -> list[list[
     kept_apart = evaluation_questions(data)
     talks = [
         talk
-        for make in (_topic_singles, _topic_talks, _summaries, _reading, _recall, _smalltalk, _unknown)
+        for make in (_topic_singles, _topic_talks, _summaries, _extracts, _reading, _recall, _smalltalk, _unknown)
         for talk in make(data, rng)
         if not any(m["role"] == "user" and normalised(m["content"]) in kept_apart for m in talk)
     ]

@@ -65,7 +65,17 @@ READING = (
     "{x}\n\n{q}", "Read this text: {x}\n\n{q}", "{x}\n\nIn the text above, {lq}", "Text: {x}\n\nQuestion: {q}", "Here is a text. {x}\n\nAnswer from the text: {q}",
     "{x}\n\nAccording to the text, {lq}",
 )
-_OPENINGS = ("", "", "", "", "", "", "Please tell me: ", "Hey, ", "Hi! ", "Quick question: ", "I have a question. ", "OK, ", "Can you help me? ")
+_OPENINGS = (
+    "Please tell me: ", "Hey, ", "Hi! ", "Hello, ", "Quick question: ", "I have a question. ", "OK, ", "Can you help me? ", "My daughter asked me at dinner: ",
+    "My teacher brought this up today. ", "I read something in the paper this morning. ", "A friend and I were arguing. ", "I am preparing for an exam. ",
+    "While I was walking home I wondered: ", "My boss used the word in a meeting. ", "There was a film about this last night. ", "For a school project: ",
+    "I should know this: ", "Somebody on the radio said it. ", "Just between us, ", "Before we go on, ", "I saw it on a poster. ", "Sorry if this is basic: ",
+    "My grandfather wants to know: ", "It came up in a quiz. ", "At work they keep saying it. ", "I am writing an article. ", "On a museum tour I heard about it. ",
+)
+_ENDINGS = (
+    " Thanks!", " Please.", " I am a beginner.", " I have an exam tomorrow.", " Be brief.", " My colleagues never explain it.", " It keeps coming up.", " In your own words, please.",
+    " I never got it at school.", " My children want to know.", " No jargon, please.",
+)
 
 
 def fill(template: str, topic: dict[str, Any], term: str | None = None) -> str:
@@ -83,10 +93,14 @@ def fill(template: str, topic: dict[str, Any], term: str | None = None) -> str:
 
 def as_typed(question: str, rng: np.random.Generator) -> str:
     """A question as people type it: some with an opening, some in lower case, some without the mark at the end."""
-    question = str(rng.choice(_OPENINGS)) + question
+    if rng.random() < 0.4:
+        opening = str(rng.choice(_OPENINGS))
+        question = opening + (question[:1].lower() + question[1:] if opening[-2] in ",:" and question[1:2].islower() else question)
+    if rng.random() < 0.15 and question[-1] in "?.!":
+        question += str(rng.choice(_ENDINGS))
     if rng.random() < 0.15:
         question = question.lower()
-    if rng.random() < 0.15 and question[-1] in "?.":
+    if rng.random() < 0.15 and question[-1] in "?.!":
         question = question[:-1]
     return question
 

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
 
-from core.datasets import is_held_out
-from engines.embedded.chat_tuning import encode_talk, pack
+from core.bundle import Bundle
+from core.datasets import Document, TokenStream, is_held_out
+from core.loading import load_bundle
+from core.losses import IGNORE
+from core.progress import Stop
+from engines.embedded import chat_tuning
+from engines.embedded.chat_evaluation import keyword_recall
+from engines.embedded.chat_tuning import batches, encode_talk
+from engines.embedded.extracts import extract, paragraphs, sentences
 from engines.embedded.instructions import (
     CORPUS,
     HELD_OUT_PERCENT,
@@ -20,7 +33,11 @@ from engines.embedded.instructions import (
     load_instructions,
     normalised,
 )
+from engines.embedded.short_attention import LONGEST, NAME, use_short_row_attention
 from engines.embedded.tokenizer import train_tokenizer
+from engines.embedded.windows import corpus_windows, echo
+from tests import families
+from tests.tolerances import SUM_ORDER
 
 FORMS = ("short", "definition", "explanation", "how", "why", "example", "comparison")
 
@@ -105,13 +122,125 @@ def test_epochs_differ_in_questions_and_agree_in_answers(data: InstructionSet) -
     assert {m["content"] for t in first for m in t if m["role"] == "user"} != {m["content"] for t in second for m in t if m["role"] == "user"}
 
 
-def test_only_the_assistant_is_learned_and_rows_hold_whole_conversations(data: InstructionSet) -> None:
+def test_only_the_assistant_is_learned(data: InstructionSet) -> None:
     tokenizer = train_tokenizer([t["definition"] for t in data.topics[:50]], 400)
     talk = [{"role": "user", "content": "What is rain?"}, {"role": "assistant", "content": "Water that falls."}]
     ids, labels = encode_talk(talk, tokenizer)  # type: ignore[arg-type]
     assert ids == tokenizer.apply_chat_template(talk, return_dict=False)
-    learned = tokenizer.decode([t for t in labels if t != -100])
-    assert learned == "Water that falls.<|end|>"
-    rows, row_labels = pack([(ids, labels)] * 5, 64, tokenizer.pad_token_id)
-    assert sum((row == tokenizer.bos_token_id).sum() for row in rows) == 5
-    assert (row_labels[rows == tokenizer.pad_token_id] == -100).all()
+    assert tokenizer.decode([t for t in labels if t != IGNORE]) == "Water that falls.<|end|>"
+
+
+def test_batches_hold_every_row_once_from_its_start_and_pad_on_the_right() -> None:
+    rng = np.random.default_rng(0)
+    rows = [([1000 + place, *range(length)], [IGNORE, *range(length)]) for place, length in enumerate(rng.integers(1, 200, 300).tolist())]
+    made = batches(rows, 1024, 9999, np.random.default_rng(1))
+    seen = []
+    for ids, labels in made:
+        assert ids.shape == labels.shape and (len(ids) == 1 or ids.size <= 1024)
+        for row, label in zip(ids, labels, strict=True):
+            length = int((row != 9999).sum())
+            original = rows[int(row[0]) - 1000]
+            assert row[:length].tolist() == original[0] and label[:length].tolist() == original[1]
+            assert (row[length:] == 9999).all() and (label[length:] == IGNORE).all()
+            seen.append(int(row[0]))
+    assert sorted(seen) == [1000 + place for place in range(300)]
+    padding = sum(int((ids == 9999).sum()) for ids, _ in made) / sum(ids.size for ids, _ in made)
+    assert padding < 0.1, "rows of unlike length share a batch"
+
+
+def test_extracts_are_sentences_of_their_text_in_order_and_shorter_than_half(data: InstructionSet) -> None:
+    for row in data.summaries:
+        short = extract(row["text"])
+        parts = sentences(short)
+        places = [row["text"].find(part) for part in parts]
+        assert min(places) == 0 and places == sorted(places), row["id"]
+        assert len(short.split()) < 0.5 * len(row["text"].split()), row["id"]
+
+
+def test_extracts_keep_key_terms_better_than_the_first_sentences_do(data: InstructionSet) -> None:
+    def first_sentences(text: str) -> str:
+        kept: list[str] = []
+        for sentence in sentences(text):
+            if sum(len(s.split()) for s in [*kept, sentence]) > 0.48 * len(text.split()):
+                break
+            kept.append(sentence)
+        return " ".join(kept)
+
+    ours = np.mean([keyword_recall(extract(r["text"]), r["key_terms"]) for r in data.summaries])
+    lead = np.mean([keyword_recall(first_sentences(r["text"]), r["key_terms"]) for r in data.summaries])
+    assert ours > 0.55 and ours > lead
+
+
+def test_paragraphs_are_prose_of_the_asked_length() -> None:
+    prose = "The sea is deep and cold in most places. Light does not reach the bottom of it at all. Fish there make light of their own somehow. " * 6
+    document = Document(prose + "\n- a list `code` {x}\n" + prose, "s", "science")
+    found = list(paragraphs([document], low=40, high=90))
+    assert len(found) >= 2
+    assert all(40 <= len(p.split()) <= 90 and "`" not in p for p in found)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_echo_repeats_a_passage_and_changes_nothing_else(seed: int) -> None:
+    window = np.arange(128, dtype=np.int64) + 1000
+    out = echo(window, np.random.default_rng(seed))
+    assert out.shape == window.shape
+    values, counts = np.unique(out, return_counts=True)
+    assert set(values) <= set(window) and counts.max() == 2 and (counts == 2).sum() >= 8
+    first = {v: int(np.flatnonzero(out == v)[0]) for v in values[counts == 2]}
+    second = {v: int(np.flatnonzero(out == v)[1]) for v in values[counts == 2]}
+    assert len({second[v] - first[v] for v in first}) == 1, "the second saying is not the first one, moved"
+
+
+def test_corpus_windows_give_about_the_tokens_asked_for_and_other_ones_each_epoch() -> None:
+    stream = TokenStream(np.arange(60_000, dtype=np.uint16))
+    first, second = (list(corpus_windows(stream, 12_000, epoch, 0, lengths=(64, 128))) for epoch in (0, 1))
+    assert 0.9 < sum(map(len, first)) / 12_000 <= 1
+    assert {len(w) for w in first} == {64, 128}
+    starts = [{int(w[0]) for w in windows if len(w) == 128} for windows in (first, second)]
+    assert not starts[0] & starts[1]
+
+
+@pytest.mark.parametrize("length", [7, LONGEST, LONGEST + 1])
+def test_short_row_attention_is_sdpa(length: int, llama: Bundle) -> None:
+    model: Any = llama.model
+    heads = model.config.num_attention_heads
+    full = families.make_model("llama", llama.tokenizer, num_key_value_heads=heads)
+    ids = torch.arange(3 * length).reshape(3, length) % 290
+    wanted = full(input_ids=ids, use_cache=False).logits
+    use_short_row_attention(full)
+    assert full.config._attn_implementation == NAME
+    assert SUM_ORDER.holds(full(input_ids=ids, use_cache=False).logits, wanted)
+
+
+def test_tuning_runs_resumes_and_writes_a_model_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerBase) -> None:
+    backbone, corpus = tmp_path / "backbone", tmp_path / "corpus"
+    full = families.make_model("llama", tokenizer, num_key_value_heads=4, max_position_embeddings=1024)
+    full.save_pretrained(backbone)
+    tokenizer.save_pretrained(backbone)
+    corpus.mkdir()
+    text = "The sea is deep and cold in most places. Light does not reach the bottom of it at all. Fish there make light of their own somehow. " * 12
+    (corpus / "science.jsonl").write_text("\n".join(json.dumps({"text": text, "source": f"s{n}"}) for n in range(20)))
+    monkeypatch.setattr(chat_tuning, "encode_talk", _only_role_tokens(tokenizer))
+    monkeypatch.setattr(chat_tuning, "conversations", lambda data, epoch, seed: [TALK] * 40)
+    plan = chat_tuning.ChatPlan(epochs=2, batch_tokens=512, corpus_tokens=4000, corpus_extracts=3)
+    stop = Stop()
+    stop.request()
+    report = chat_tuning.train_chat(backbone, tmp_path / "out", tmp_path / "work", plan, corpus=corpus, stop=stop)
+    assert report.stopped and not (tmp_path / "out").exists()
+    report = chat_tuning.train_chat(backbone, tmp_path / "out", tmp_path / "work", plan, corpus=corpus)
+    losses = [value for _, value in report.losses]
+    assert report.stopped is None and np.mean(losses[-5:]) < np.mean(losses[:5])
+    loaded = load_bundle(str(tmp_path / "out"))
+    assert loaded.model.config._attn_implementation == "sdpa"
+    assert not torch.equal(loaded.model.get_parameter("model.norm.weight"), full.get_parameter("model.norm.weight").bfloat16())
+
+
+TALK = [{"role": "user", "content": "What is rain?"}, {"role": "assistant", "content": "Water that falls."}]
+
+
+def _only_role_tokens(tokenizer: PreTrainedTokenizerBase) -> Any:
+    def encode(talk: Any, _: Any) -> Any:
+        ids = [t for m in talk for t in tokenizer(m["content"])["input_ids"]]
+        return ids, [IGNORE, *ids[1:]]
+
+    return encode
