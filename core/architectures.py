@@ -109,7 +109,9 @@ def family_of(model: nn.Module) -> str:
     return name
 
 
-REFUSED: dict[tuple[str, str], str] = {}
+REFUSED: dict[tuple[str, str], str] = {
+    ("opt_post_norm", "larosa"): "its norms stand behind the residual sums, so no rotation commutes with them",
+}
 """(family, technique) -> why the technique cannot be applied to the family. What is not listed is admitted."""
 
 
@@ -122,7 +124,8 @@ def architecture_of(model: nn.Module, technique: str) -> Architecture:
     """The table's row for `model`.
 
     Raises:
-        UnsupportedModel: the family is not in the table; names the technique that asked.
+        UnsupportedModel: the family is not in the table, or the model is built otherwise than its family; names the technique
+            that asked.
     """
     family = family_of(model)
     if family not in FAMILIES:
@@ -130,4 +133,9 @@ def architecture_of(model: nn.Module, technique: str) -> Architecture:
             f"{technique} does not know the model family {family!r}. It admits {', '.join(sorted(FAMILIES))}. "
             "The baseline and prompt techniques run on any causal language model."
         )
-    return FAMILIES[family]
+    row = FAMILIES[family]
+    try:
+        row.projections(model)
+    except AttributeError as error:
+        raise UnsupportedModel(f"{technique} cannot work on this model: it says that it is of the family {family!r}, but {error}.") from error
+    return row

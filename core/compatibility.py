@@ -11,6 +11,8 @@ from core.technique import Technique
 # Pairs of technique names that cannot be on at once, with the reason a person reads.
 EXCLUDES: dict[frozenset[str], str] = {
     frozenset({"bnb_int8", "bnb_nf4"}): "both replace the same linear layers; a weight is stored as int8 or as nf4, not as both",
+    frozenset({"larosa", "bnb_int8"}): "a rotation is written into full-precision weights, and bitsandbytes has packed them before",
+    frozenset({"larosa", "bnb_nf4"}): "a rotation is written into full-precision weights, and bitsandbytes has packed them before",
 }
 
 

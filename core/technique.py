@@ -137,6 +137,8 @@ class Technique:
     stage: ClassVar[Stage]
     counter: ClassVar[str | None] = None
     """For lossless techniques: the metric that changes."""
+    neutral_is_rounded: ClassVar[bool] = False
+    """True where the neutral setting equals the model but for rounding, since it writes the weights in another basis."""
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -178,6 +180,10 @@ class Technique:
         """The configuration that changes nothing, or None when there is none."""
         values = {f.name: f.metadata["neutral"] for f in fields(cls) if f.metadata["neutral"] is not MISSING}
         return cls(**values) if values else None
+
+    def prepare_settings(self) -> dict[str, Any]:
+        """The options that `prepare` depends on; what it found is kept under these."""
+        return self.settings()
 
     def settings(self) -> dict[str, Any]:
         """The options as plain values, for recipes, keys and commands."""

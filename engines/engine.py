@@ -12,6 +12,7 @@ from core.bundle import Bundle, ModelInfo, storage_bytes, tensors_of, weight_byt
 from core.compatibility import ordered
 from core.errors import InvalidRequest
 from core.memory import peak_resident_bytes, reset_peak
+from core.prepared_cache import cached_prepare
 from core.progress import Progress, Stop, silent
 from core.technique import Applied, Report, Technique
 from engines.generation import Finished, Prefilled, TokenDecoded, generate
@@ -144,7 +145,7 @@ def fused_engine(base: Bundle, techniques: Sequence[Technique], progress: Progre
         for place, technique in enumerate(chain):
             progress(place / len(chain), f"applying {technique.title}")
             technique.check(bundle)
-            applied.append(technique.apply(bundle, technique.prepare(bundle, progress=progress)))
+            applied.append(technique.apply(bundle, cached_prepare(technique, bundle, progress=progress)))
     except BaseException:
         for done in reversed(applied):
             done.undo()

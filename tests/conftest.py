@@ -13,7 +13,7 @@ from pathlib import Path
 _HOME = tempfile.mkdtemp(prefix="fusebox-tests-")
 atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
 os.environ.update(
-    HF_HOME=_HOME, HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1",
+    FUSEBOX_CACHE=os.path.join(_HOME, "fusebox"), HF_HOME=_HOME, HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1",
     HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false",
     GRADIO_ANALYTICS_ENABLED="False", HYPOTHESIS_STORAGE_DIRECTORY=os.path.join(_HOME, "hypothesis"),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import combinations
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutput
 
-from core.architectures import FAMILIES
+from core.architectures import FAMILIES, REFUSED
 from core.bundle import Bundle, ModelInfo
 from core.compatibility import EXCLUDES, compatible, ordered
 from core.errors import IncompatibleTechniques, UnsupportedModel
@@ -28,51 +28,61 @@ PAIRS = [pytest.param(a, b, id=f"{a.name}-{b.name}") for a, b in combinations(TE
 COMPATIBLE = [pair for pair in PAIRS if compatible([kind() for kind in pair.values])]
 # Llama shape with grouped heads, Conv1D weights, and the post-norm shape with projections around the blocks.
 SHAPES = ("llama", "gpt2", "opt_post_norm")
-on_every_family = pytest.mark.parametrize("family", sorted(FAMILIES))
-on_three_shapes = pytest.mark.parametrize("family", SHAPES)
+
+
+def _admitted(families_: Iterable[str]) -> pytest.MarkDecorator:
+    rows = [pytest.param(kind, family, id=f"{family}-{name}") for family in families_ for name, kind in TECHNIQUES.items() if (family, name) not in REFUSED]
+    return pytest.mark.parametrize(("kind", "family"), rows)
+
+
+def _admitted_pairs() -> pytest.MarkDecorator:
+    rows = [
+        pytest.param(a, b, family, id=f"{family}-{a.name}-{b.name}")
+        for family in SHAPES
+        for a, b in combinations(TECHNIQUES.values(), 2)
+        if not {(family, a.name), (family, b.name)} & set(REFUSED)
+    ]
+    return pytest.mark.parametrize(("first", "second", "family"), rows)
+
+
+for_every_admitted_family = _admitted(sorted(FAMILIES))
+for_three_shapes = _admitted(SHAPES)
 for_every_technique = pytest.mark.parametrize("kind", KINDS)
-for_every_pair = pytest.mark.parametrize(("first", "second"), PAIRS)
+for_every_pair = _admitted_pairs()
 for_every_compatible_pair = pytest.mark.parametrize(("first", "second"), COMPATIBLE)
 
 
-@for_every_technique
-@on_every_family
+@for_every_admitted_family
 def test_neutral_setting_is_the_identity(kind: type[Technique], family: str, family_bundle: BundleOf) -> None:
     contract.check_neutral_is_identity(kind, family_bundle(family))
 
 
-@for_every_technique
-@on_every_family
+@for_every_admitted_family
 def test_effect_is_what_the_technique_declares(kind: type[Technique], family: str, family_bundle: BundleOf) -> None:
     contract.check_effect_is_real(kind(), family_bundle(family))
 
 
-@for_every_technique
-@on_every_family
+@for_every_admitted_family
 def test_undo_is_bit_exact(kind: type[Technique], family: str, family_bundle: BundleOf) -> None:
     contract.check_undo_is_exact(kind(), family_bundle(family))
 
 
-@for_every_technique
-@on_every_family
+@for_every_admitted_family
 def test_report_names_what_was_touched(kind: type[Technique], family: str, family_bundle: BundleOf) -> None:
     contract.check_report(kind(), family_bundle(family))
 
 
-@for_every_technique
-@on_three_shapes
+@for_three_shapes
 def test_failed_apply_leaves_the_bundle_as_found(kind: type[Technique], family: str, family_bundle: BundleOf) -> None:
     contract.check_undo_after_exception(kind(), family_bundle(family))
 
 
-@for_every_technique
-@on_three_shapes
+@for_three_shapes
 def test_prepare_leaves_no_trace(kind: type[Technique], family: str, family_bundle: BundleOf) -> None:
     contract.check_prepare_leaves_no_trace(kind(), family_bundle(family))
 
 
-@for_every_technique
-@on_three_shapes
+@for_three_shapes
 def test_engine_shares_weights_and_leaves_its_base_alone(kind: type[Technique], family: str, family_bundle: BundleOf) -> None:
     contract.check_engine_leaves_base_alone([kind()], family_bundle(family))
 
@@ -134,6 +144,15 @@ def test_unsupported_model_is_left_alone(kind: type[Technique], embedding_only: 
     contract.check_unsupported_is_left_alone(kind(), embedding_only)
 
 
+@pytest.mark.parametrize(("family", "name"), sorted(REFUSED))
+def test_refused_family_is_named_with_the_reason_and_left_alone(family: str, name: str, family_bundle: BundleOf) -> None:
+    bundle = family_bundle(family)
+    before = contract.snapshot(bundle)
+    with pytest.raises(UnsupportedModel, match=REFUSED[family, name]):
+        fused_engine(bundle, [TECHNIQUES[name]()])
+    contract.assert_unchanged(before, bundle, "refused")
+
+
 @pytest.mark.parametrize("name", ["bnb_int8", "bnb_nf4"])
 def test_quantisation_refuses_a_model_without_linear_layers(name: str, embedding_only: Bundle) -> None:
     before = contract.snapshot(embedding_only)
@@ -146,7 +165,6 @@ def test_quantisation_refuses_a_model_without_linear_layers(name: str, embedding
 
 
 @for_every_pair
-@on_three_shapes
 def test_pair_works_in_both_orders_or_is_refused(first: type[Technique], second: type[Technique], family: str, family_bundle: BundleOf) -> None:
     bundle = family_bundle(family)
     reason = EXCLUDES.get(frozenset({first.name, second.name}))

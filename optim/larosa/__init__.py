@@ -1,0 +1,1 @@
+"""LaRoSA: activations rotated layer by layer, their smallest entries dropped, the weights those entries meet not needed."""
