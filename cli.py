@@ -17,6 +17,8 @@ from core.errors import FuseboxError, InvalidRequest
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Fusebox: switch LLM efficiency techniques on and off and measure them.")
 train_app = typer.Typer(no_args_is_help=True, help="Make the embedded models.")
 app.add_typer(train_app, name="train")
+bench_app = typer.Typer(no_args_is_help=True, help="Measure a technique against its rivals.")
+app.add_typer(bench_app, name="bench")
 
 QUICK_TOKENS = 30
 
@@ -125,13 +127,13 @@ def train_chat_command(
     backbone: Annotated[Path, typer.Option(help="Folder of the pretrained backbone.")] = Path("work/backbone"),
     output: Annotated[Path, typer.Option(help="Model folder to write.")] = Path("assets/models/chat"),
     work: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = Path("work/chat"),
-    epochs: Annotated[int, typer.Option(min=1)] = 3,
+    corpus: Annotated[Path | None, typer.Option(help="The backbone's corpus, mixed in against forgetting.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Tune the backbone on the project's instruction set into the embedded chat model."""
     from engines.embedded.chat_tuning import ChatPlan, train_chat
 
-    report = train_chat(backbone, output, work, ChatPlan(epochs=epochs, seed=seed), progress=_show_progress)
+    report = train_chat(backbone, output, work, ChatPlan(seed=seed), corpus=corpus, progress=_show_progress)
     print(f"\n{report.steps} steps in {report.seconds:.0f} s, last loss {report.losses[-1][1]:.3f}; saved to {output}")
 
 
@@ -157,6 +159,70 @@ def evaluate_chat_command(
     if json_path is not None:
         write_text(json_path, to_json(figures))
     print("\n" + json.dumps({k: {n: v for n, v in figures[k].items() if n != "samples"} for k in figures if k not in ("model", "provenance")}, indent=1))
+
+
+@bench_app.command("larosa")
+def bench_larosa(
+    model: Annotated[str, typer.Option(help="embedded, owner/name of the hub, or a local folder.")] = "embedded",
+    sparsity: Annotated[list[float] | None, typer.Option(help="Shares of the blocks' weight bytes to leave out; 0 0.25 0.4 0.5 0.75 when not given.")] = None,
+    more_sparsity: Annotated[list[float] | None, typer.Argument(help="Further sparsities, so that --sparsity takes several.", show_default=False)] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="A variant; give it again for more. All when not given.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text file to score; held-out project text when not given.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="Text file to calibrate on; the project's own text when not given.")] = None,
+    tokens: Annotated[int, typer.Option(min=64, help="Tokens to score.")] = 4096,
+    calibration_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 8192,
+    revision: Annotated[str | None, typer.Option(help="Hub commit, branch or tag.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    figure: Annotated[Path | None, typer.Option(help="Draw quality against bytes to this .png, .svg or .pdf file.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+) -> None:
+    """Quality against weight bytes of LaRoSA and its rivals."""
+    import datetime
+
+    from core.files import write_text
+    from core.loading import load_bundle
+    from core.provenance import provenance
+    from engines.export import to_json
+    from engines.larosa_sweep import SPARSITIES, held_out_project_texts, sweep
+    from engines.static_figures import quality_against_bytes, save_figure
+    from optim.larosa.technique import VARIANTS
+
+    for path in (json_path, figure):
+        _check_writable(path)
+    chosen = tuple(sorted({*(sparsity or ()), *(more_sparsity or ())})) or SPARSITIES
+    texts = [_read_text(text)] if text else held_out_project_texts()
+    bundle = load_bundle(model, revision=revision, dtype=dtype, progress=_show_progress)
+    data = sweep(
+        bundle, texts, sparsities=chosen, variants=tuple(variant or VARIANTS), calibration=[_read_text(calibration)] if calibration else None,
+        tokens=tokens, calibration_tokens=calibration_tokens, progress=_show_progress,
+    )
+    data = {**data, "model": {"model_id": Path(model).name, "dtype": dtype}, "text": text.name if text else "held-out project text",
+            "calibration_text": calibration.name if calibration else "project text", "date": datetime.date.today().isoformat(), "provenance": provenance()}
+    print(f"\n{'variant':<17}{'sparsity':>9}{'measured':>9}{'MiB/token':>10}{'bits/byte':>10}{'agreement':>10}")
+    print(f"{'dense':<17}{'':>18}{data['dense']['bytes_per_token'] / 2**20:>10.2f}{data['dense']['bits_per_byte']:>10.4f}{1:>10.1%}")
+    for row in data["rows"]:
+        print(f"{row['variant']:<17}{row['sparsity']:>9.2f}{row['measured_sparsity'] or 0:>9.3f}{row['bytes_per_token'] / 2**20:>10.2f}"
+              f"{row['bits_per_byte']:>10.4f}{row['agreement']:>10.1%}")
+    for refused in data["refused"]:
+        print(f"{refused['variant']} at {refused['sparsity']:g}: {refused['reason']}")
+    if json_path is not None:
+        write_text(json_path, to_json(data))
+    if figure is not None:
+        save_figure(quality_against_bytes(data, f"{data['model']['model_id']}, {data['dense']['tokens']} tokens of {data['text']}"), figure)
+
+
+def _read_text(path: Path) -> str:
+    """A text file of the user's.
+
+    Raises:
+        InvalidRequest: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{path.name} is not UTF-8 text.") from error
+    except OSError as error:
+        raise InvalidRequest(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def main() -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from core.progress import Progress, Stop, silent
 from core.training import TrainingPlan, TrainingReport, train
 from engines.embedded.backbone import SHARD_WEIGHTS, encode_documents, hidden_matrices, weighted_documents
 from engines.embedded.extracts import paragraphs
-from engines.embedded.instructions import conversations, extract_talk, load_instructions
+from engines.embedded.instructions import Mix, conversations, extract_talk, load_instructions
 from engines.embedded.short_attention import use_short_row_attention
 from engines.embedded.tokenizer import ASSISTANT, END, SYSTEM, USER
 from engines.embedded.windows import corpus_windows
@@ -30,19 +29,48 @@ log = logging.getLogger(__name__)
 
 SHARD_SIZE = "9MB"
 EXTRACT_SHARDS = ("science", "climate", "ai_ml", "general")
+OPENING_TOKENS = 8
+OPENING_WEIGHT = 3
+"""An answer's first tokens say which topic and form it is, and are a small share of all tokens: they count this many times."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of tuning.
+
+    corpus_tokens: windows of plain text an epoch, half of them with a repeated passage; `first_corpus_tokens` in the first.
+    corpus_extracts: paragraphs of the corpus to summarise by their own sentences, an epoch.
+    final_fraction: the rate at the end as a share of the peak; 1 keeps it.
+    """
+
+    epochs: int
+    mix: Mix
+    corpus_tokens: int
+    first_corpus_tokens: int
+    corpus_extracts: int
+    learning_rate: float = 1e-3
+    muon_learning_rate: float = 6e-3
+    schedule: str = "trapezoid"
+    final_fraction: float = 0.02
+
+
+COPYING = Stage(epochs=4, mix=Mix(), corpus_tokens=250_000, first_corpus_tokens=1_000_000, corpus_extracts=250, final_fraction=1.0)
+"""First: attention learns to copy from the context. Code words of 600 tokens ago are recalled after it, topics are not yet told apart."""
+
+TOPICS = Stage(
+    epochs=10, mix=Mix(follow_ups=2, readings=1, written_summaries=0, topic_extracts=100, recalls=200),
+    corpus_tokens=60_000, first_corpus_tokens=60_000, corpus_extracts=200, muon_learning_rate=5e-3, schedule="linear",
+)
+"""Then: mostly topics, more often each, with a falling rate."""
 
 
 @dataclass(frozen=True)
 class ChatPlan:
     """Budget of one tuning run."""
 
-    epochs: int = 9
+    stages: tuple[Stage, ...] = (COPYING, TOPICS)
     batch_tokens: int = 8192
     length: int = 1024  # longer conversations are left out
-    corpus_tokens: int = 250_000  # windows of plain text an epoch, half of them with a repeated passage; four times as many in the first
-    corpus_extracts: int = 250  # paragraphs of the corpus to summarise by their own sentences, an epoch
-    learning_rate: float = 1e-3
-    muon_learning_rate: float = 6e-3
     seed: int = 0
 
 
@@ -93,8 +121,18 @@ def _talk_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     ids, labels = batch
     hidden = base.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
     wanted = labels[:, 1:]
-    learned = wanted != IGNORE
-    return linear_cross_entropy(hidden[learned], base.lm_head.weight, wanted[learned])
+    places = emphasised(wanted != IGNORE)
+    return linear_cross_entropy(hidden.flatten(0, 1)[places], base.lm_head.weight, wanted.flatten()[places])
+
+
+def emphasised(learned: Tensor) -> Tensor:
+    """Flat places of the learned positions of [B, T] bool, those of each answer's opening `OPENING_WEIGHT` times."""
+    before = torch.nn.functional.pad(learned, (1, 0))[:, :-1]
+    begins = (learned & ~before).float()
+    opening = torch.nn.functional.conv1d(torch.nn.functional.pad(begins, (OPENING_TOKENS - 1, 0))[:, None], begins.new_ones(1, 1, OPENING_TOKENS))[:, 0] > 0
+    flat = learned.flatten().nonzero()[:, 0]
+    first = (opening & learned).flatten().nonzero()[:, 0]
+    return torch.cat([flat, first.repeat(OPENING_WEIGHT - 1)])
 
 
 class _Corpus:
@@ -105,26 +143,27 @@ class _Corpus:
         self.stream = encode_documents(documents, tokenizer)
         self.paragraphs = sorted(set(paragraphs([d for d in documents if d.shard in EXTRACT_SHARDS])))
 
-    def windows(self, plan: ChatPlan, epoch: int) -> list[Row]:
-        tokens = plan.corpus_tokens * (4 if epoch == 0 else 1)
-        return [(w.tolist(), w.tolist()) for w in corpus_windows(self.stream, tokens, epoch, plan.seed)]
+    def windows(self, stage: Stage, epoch: int, first: int, seed: int) -> list[Row]:
+        tokens = stage.first_corpus_tokens if epoch == first else stage.corpus_tokens
+        return [(w.tolist(), w.tolist()) for w in corpus_windows(self.stream, tokens, epoch, seed)]
 
-    def extracts(self, plan: ChatPlan, epoch: int) -> list[list[Message]]:
-        rng = np.random.default_rng((plan.seed, epoch, 2))
-        count = min(plan.corpus_extracts, len(self.paragraphs))
+    def extracts(self, stage: Stage, epoch: int, seed: int) -> list[list[Message]]:
+        rng = np.random.default_rng((seed, epoch, 2))
+        count = min(stage.corpus_extracts, len(self.paragraphs))
         return [extract_talk(self.paragraphs[i], rng) for i in rng.choice(len(self.paragraphs), count, replace=False)]
 
 
-def _schedule(tokenizer: PreTrainedTokenizerBase, plan: ChatPlan, corpus: Path | None, progress: Progress) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Every batch of a run, in order: its epochs' conversations and corpus windows, mixed."""
+def _schedule(
+    tokenizer: PreTrainedTokenizerBase, plan: ChatPlan, stage: Stage, first: int, text: _Corpus | None, progress: Progress,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Every batch of a stage, in order: its epochs' conversations and corpus windows, mixed. Epochs are counted on from `first`."""
     data = load_instructions()
-    text = _Corpus(corpus, tokenizer, plan.seed) if corpus is not None else None
     out: list[tuple[np.ndarray, np.ndarray]] = []
-    for epoch in range(plan.epochs):
-        progress(0.0, f"encoding epoch {epoch + 1}/{plan.epochs}")
-        talks = conversations(data, epoch, plan.seed) + (text.extracts(plan, epoch) if text else [])
+    for epoch in range(first, first + stage.epochs):
+        progress(0.0, f"encoding epoch {epoch + 1}")
+        talks = conversations(data, epoch, plan.seed, stage.mix) + (text.extracts(stage, epoch, plan.seed) if text else [])
         rows = [r for r in (encode_talk(t, tokenizer) for t in talks) if len(r[0]) <= plan.length]
-        rows += text.windows(plan, epoch) if text else []
+        rows += text.windows(stage, epoch, first, plan.seed) if text else []
         out += batches(rows, plan.batch_tokens, int(tokenizer.pad_token_id), np.random.default_rng((plan.seed, epoch, 3)))
     return out
 
@@ -142,9 +181,28 @@ def train_chat(
             on the instruction set alone.
     """
     tokenizer = AutoTokenizer.from_pretrained(backbone)
-    model = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32)
+    text = _Corpus(corpus, tokenizer, plan.seed) if corpus is not None else None
+    first, source = 0, backbone
+    report = TrainingReport()
+    for number, stage in enumerate(plan.stages, 1):
+        last = number == len(plan.stages)
+        result = output if last else work / f"stage{number}"
+        if last or not (result / "model.safetensors").is_file():
+            report = _train_stage(source, result, work / f"checkpoint{number}", plan, stage, first, text, tokenizer, progress, stop, sharded=last)
+            if report.stopped is not None:
+                break
+        first, source = first + stage.epochs, result
+    return report
+
+
+def _train_stage(
+    source: Path, result: Path, checkpoint: Path, plan: ChatPlan, stage: Stage, first: int, text: _Corpus | None,
+    tokenizer: PreTrainedTokenizerBase, progress: Progress, stop: Stop | None, *, sharded: bool,
+) -> TrainingReport:
+    """Tune the model in `source` and write it to `result`: float32 between stages, bf16 shards at the end."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     use_short_row_attention(model)
-    schedule = _schedule(tokenizer, plan, corpus, progress)
+    schedule = _schedule(tokenizer, plan, stage, first, text, progress)
     steps = len(schedule)
     log.info("%d steps, %.2f M tokens", steps, sum(ids.size for ids, _ in schedule) / 1e6)
 
@@ -154,13 +212,15 @@ def train_chat(
 
     report = train(
         model, _talk_loss, batch_at,
-        TrainingPlan(steps=steps, learning_rate=plan.learning_rate, muon_learning_rate=plan.muon_learning_rate, weight_decay=0.02,
-                     warmup_steps=min(40, steps // 10 + 1), schedule="trapezoid", seed=plan.seed),
-        matrices=hidden_matrices(model), checkpoint=work / "checkpoint", progress=progress, stop=stop,
+        TrainingPlan(steps=steps, learning_rate=stage.learning_rate, muon_learning_rate=stage.muon_learning_rate, weight_decay=0.02,
+                     warmup_steps=min(40, steps // 10 + 1), schedule=stage.schedule, final_fraction=stage.final_fraction, seed=plan.seed),
+        matrices=hidden_matrices(model), checkpoint=checkpoint, progress=progress, stop=stop,
     )
-    if report.stopped is None:
-        save_embedded(model, tokenizer, output)
-        (work / "chat_plan.json").write_text(json.dumps({**asdict(plan), "steps": steps, "seconds": report.seconds}, indent=1))
+    if report.stopped is None and sharded:
+        save_embedded(model, tokenizer, result)
+    elif report.stopped is None:
+        model.set_attn_implementation("sdpa")
+        model.save_pretrained(result)
     return report
 
 

@@ -25,6 +25,21 @@ _THINGS = ("dog", "cat", "horse", "boat", "bicycle", "robot", "team", "village",
 
 
 @dataclass(frozen=True)
+class Mix:
+    """How much of each kind an epoch holds. Every topic is always asked for in every form.
+
+    follow_ups: second turns a topic. readings: questions a text. written_summaries: times each is shown.
+    topic_extracts, recalls: conversations of that kind.
+    """
+
+    follow_ups: int = 4
+    readings: int = 2
+    written_summaries: int = 1
+    topic_extracts: int = 200
+    recalls: int = 500
+
+
+@dataclass(frozen=True)
 class InstructionSet:
     """Everything written for the chat model; `evaluation` parts are never trained on."""
 
@@ -75,17 +90,18 @@ def evaluation_questions(data: InstructionSet) -> set[str]:
     return held | {normalised(q["question"]) for row in data.reading if is_held_out(row["id"], HELD_OUT_PERCENT) for q in row["questions"]}
 
 
-def _topic_singles(data: InstructionSet, rng: np.random.Generator) -> Iterator[list[Message]]:
+def _topic_singles(data: InstructionSet, mix: Mix, rng: np.random.Generator) -> Iterator[list[Message]]:
     for topic in data.topics:
         for form, times in _FORMS.items():
             for _ in range(times):
                 yield [_user(phrase(form, topic, rng)), _assistant(answer_of(topic, form))]
 
 
-def _topic_talks(data: InstructionSet, rng: np.random.Generator) -> Iterator[list[Message]]:
+def _topic_talks(data: InstructionSet, mix: Mix, rng: np.random.Generator) -> Iterator[list[Message]]:
     for topic in data.topics:
         first = str(rng.choice(["definition", "short", "short", "explanation"]))
-        for follow in topic["follow_ups"]:
+        for place in rng.permutation(len(topic["follow_ups"]))[: mix.follow_ups]:
+            follow = topic["follow_ups"][place]
             talk = [_user(phrase(first, topic, rng)), _assistant(answer_of(topic, first))]
             if rng.random() < 0.5:
                 form = str(rng.choice([f for f in FOLLOW_UPS if f != first]))
@@ -93,15 +109,15 @@ def _topic_talks(data: InstructionSet, rng: np.random.Generator) -> Iterator[lis
             yield [*talk, _user(follow["question"]), _assistant(follow["answer"])]
 
 
-def _summaries(data: InstructionSet, rng: np.random.Generator) -> Iterator[list[Message]]:
-    for row in data.summaries:
+def _summaries(data: InstructionSet, mix: Mix, rng: np.random.Generator) -> Iterator[list[Message]]:
+    for row in data.summaries * mix.written_summaries:
         if not is_held_out(row["id"], HELD_OUT_PERCENT):
             yield [_user(summary_prompt(row["text"], str(rng.choice(SUMMARY)))), _assistant(row["summary"])]
 
 
-def _extracts(data: InstructionSet, rng: np.random.Generator, count: int = 200) -> Iterator[list[Message]]:
+def _extracts(data: InstructionSet, mix: Mix, rng: np.random.Generator) -> Iterator[list[Message]]:
     """Parts of the topics' texts, joined anew each time, and the sentences to keep of them."""
-    for _ in range(count):
+    for _ in range(mix.topic_extracts):
         topic = data.topics[int(rng.integers(len(data.topics)))]
         forms = rng.permutation(["definition", "explanation", "how", "why", "example"])
         parts = [s for form in forms[: int(rng.integers(2, 4))] for s in sentences(answer_of(topic, str(form)))]
@@ -119,12 +135,12 @@ def summary_prompt(text: str, template: str = SUMMARY[0]) -> str:
     return template.replace("{x}", text)
 
 
-def _reading(data: InstructionSet, rng: np.random.Generator) -> Iterator[list[Message]]:
+def _reading(data: InstructionSet, mix: Mix, rng: np.random.Generator) -> Iterator[list[Message]]:
     for row in data.reading:
         if is_held_out(row["id"], HELD_OUT_PERCENT):
             continue
         questions = [row["questions"][i] for i in rng.permutation(len(row["questions"]))]
-        for first, second in list(zip(questions, [*questions[1:], questions[0]], strict=True))[:2]:
+        for first, second in list(zip(questions, [*questions[1:], questions[0]], strict=True))[: mix.readings]:
             opening = reading_prompt(row["text"], first["question"], str(rng.choice(READING)))
             yield [_user(opening), _assistant(_sentence(first["answer"])), _user(second["question"]), _assistant(_sentence(second["answer"]))]
 
@@ -165,9 +181,9 @@ def code_words(held_out: bool) -> list[str]:
     return [w for w in _CODE_WORDS if is_held_out(w, HELD_OUT_PERCENT) == held_out]
 
 
-def _recall(data: InstructionSet, rng: np.random.Generator, count: int = 500) -> Iterator[list[Message]]:
+def _recall(data: InstructionSet, mix: Mix, rng: np.random.Generator) -> Iterator[list[Message]]:
     words = code_words(held_out=False)
-    for _ in range(count):
+    for _ in range(mix.recalls):
         fillers = [answer_of(data.topics[int(rng.integers(len(data.topics)))], str(rng.choice(["definition", "explanation", "why", "example"])))
                    for _ in range(int(rng.choice([0, 0, 1, 1, 2, 3, 5])))]
         word = str(rng.choice(words))
@@ -176,26 +192,26 @@ def _recall(data: InstructionSet, rng: np.random.Generator, count: int = 500) ->
         yield (_fact_talk if rng.random() < 0.3 else code_word_talk)(word, fillers, rng)
 
 
-def _smalltalk(data: InstructionSet, rng: np.random.Generator) -> Iterator[list[Message]]:
+def _smalltalk(data: InstructionSet, mix: Mix, rng: np.random.Generator) -> Iterator[list[Message]]:
     for row in data.smalltalk:
         for question in row["questions"]:
             yield [_user(question), _assistant(row["answer"])]
 
 
-def _unknown(data: InstructionSet, rng: np.random.Generator) -> Iterator[list[Message]]:
+def _unknown(data: InstructionSet, mix: Mix, rng: np.random.Generator) -> Iterator[list[Message]]:
     for question in data.unknown:
         for _ in range(2):
             yield [_user(as_typed(question, rng)), _assistant(str(rng.choice(data.declines)))]
 
 
-def conversations(data: InstructionSet, epoch: int, seed: int = 0) -> list[list[Message]]:
+def conversations(data: InstructionSet, epoch: int, seed: int = 0, mix: Mix | None = None) -> list[list[Message]]:
     """One epoch of training conversations, shuffled; phrasings differ between epochs, answers do not."""
     rng = np.random.default_rng((seed, epoch))
     kept_apart = evaluation_questions(data)
     talks = [
         talk
         for make in (_topic_singles, _topic_talks, _summaries, _extracts, _reading, _recall, _smalltalk, _unknown)
-        for talk in make(data, rng)
+        for talk in make(data, mix or Mix(), rng)
         if not any(m["role"] == "user" and normalised(m["content"]) in kept_apart for m in talk)
     ]
     return [talks[i] for i in rng.permutation(len(talks))]

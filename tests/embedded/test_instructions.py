@@ -26,6 +26,7 @@ from engines.embedded.instructions import (
     CORPUS,
     HELD_OUT_PERCENT,
     InstructionSet,
+    Mix,
     answer_of,
     code_words,
     conversations,
@@ -221,18 +222,42 @@ def test_tuning_runs_resumes_and_writes_a_model_that_loads(tmp_path: Path, monke
     text = "The sea is deep and cold in most places. Light does not reach the bottom of it at all. Fish there make light of their own somehow. " * 12
     (corpus / "science.jsonl").write_text("\n".join(json.dumps({"text": text, "source": f"s{n}"}) for n in range(20)))
     monkeypatch.setattr(chat_tuning, "encode_talk", _only_role_tokens(tokenizer))
-    monkeypatch.setattr(chat_tuning, "conversations", lambda data, epoch, seed: [TALK] * 40)
-    plan = chat_tuning.ChatPlan(epochs=2, batch_tokens=512, corpus_tokens=4000, corpus_extracts=3)
+    monkeypatch.setattr(chat_tuning, "conversations", lambda data, epoch, seed, mix: [TALK] * 40)
+    stages = [chat_tuning.Stage(epochs, Mix(), corpus_tokens=2000, first_corpus_tokens=4000, corpus_extracts=3) for epochs in (1, 2)]
+    plan = chat_tuning.ChatPlan(stages=tuple(stages), batch_tokens=512)
     stop = Stop()
     stop.request()
     report = chat_tuning.train_chat(backbone, tmp_path / "out", tmp_path / "work", plan, corpus=corpus, stop=stop)
     assert report.stopped and not (tmp_path / "out").exists()
     report = chat_tuning.train_chat(backbone, tmp_path / "out", tmp_path / "work", plan, corpus=corpus)
+    assert (tmp_path / "work" / "stage1" / "model.safetensors").is_file()
     losses = [value for _, value in report.losses]
     assert report.stopped is None and np.mean(losses[-5:]) < np.mean(losses[:5])
     loaded = load_bundle(str(tmp_path / "out"))
     assert loaded.model.config._attn_implementation == "sdpa"
     assert not torch.equal(loaded.model.get_parameter("model.norm.weight"), full.get_parameter("model.norm.weight").bfloat16())
+
+
+def test_an_answers_opening_counts_more_than_its_rest() -> None:
+    learned = torch.zeros(2, 30, dtype=torch.bool)
+    learned[0, 5:25] = True
+    learned[1, :3] = learned[1, 10:12] = True
+    counts = torch.bincount(chat_tuning.emphasised(learned), minlength=60).reshape(2, 30)
+    weight, opening = chat_tuning.OPENING_WEIGHT, chat_tuning.OPENING_TOKENS
+    assert counts[0].tolist() == [0] * 5 + [weight] * opening + [1] * (20 - opening) + [0] * 5
+    assert counts[1].tolist() == [weight] * 3 + [0] * 7 + [weight] * 2 + [0] * 18
+
+
+@pytest.mark.parametrize("mix", [Mix(), Mix(follow_ups=1, readings=0, written_summaries=2, topic_extracts=7, recalls=0)])
+def test_a_mix_holds_as_many_conversations_as_it_says(mix: Mix, data: InstructionSet) -> None:
+    talks = conversations(data, 0, 0, mix)
+    texts = {s["text"] for s in data.summaries}
+    summaries = [t for t in talks if any(text in t[0]["content"] for text in texts)]
+    kept = sum(not is_held_out(s["id"], HELD_OUT_PERCENT) for s in data.summaries)
+    assert len(summaries) == kept * mix.written_summaries
+    assert sum("code word" in t[-1]["content"] or " is called " in t[-1]["content"] for t in talks) >= 0.9 * mix.recalls
+    follow_ups = {f["answer"] for t in data.topics for f in t["follow_ups"]}
+    assert sum(t[-1]["content"] in follow_ups for t in talks) == len(data.topics) * mix.follow_ups
 
 
 TALK = [{"role": "user", "content": "What is rain?"}, {"role": "assistant", "content": "Water that falls."}]
