@@ -45,6 +45,7 @@ def chat(
     quick: Annotated[bool, typer.Option("--quick", help=f"{QUICK_TOKENS} new tokens.")] = False,
     at_once: Annotated[bool, typer.Option("--at-once", help="Run all methods at the same time; times are then not comparable.")] = False,
     score: Annotated[bool, typer.Option("--score/--no-score", help="Score the baseline's answer under each method.")] = True,
+    calibration: Annotated[Path | None, typer.Option(help="Text file that techniques calibrate on; the project's own text when not given.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")] = None,
 ) -> None:
     """Ask one question of several methods and print answers and metrics side by side."""
@@ -55,7 +56,8 @@ def chat(
     _check_writable(json_path)
     sampling = Sampling(QUICK_TOKENS if quick else max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
     chosen = (*(methods or ()), *(more_methods or ())) or ("baseline",)
-    request = ChatRequest(message=message, methods=chosen, model_id=model, revision=revision, dtype=dtype, system=system, sampling=sampling, at_once=at_once, score=score)
+    request = ChatRequest(message=message, methods=chosen, model_id=model, revision=revision, dtype=dtype, system=system, sampling=sampling, at_once=at_once, score=score,
+                          calibration=_read_text(calibration) if calibration else "")
     service = ChatService(EnginePool())
     failed = _run_chat(service, request, json_path)
     raise typer.Exit(1 if failed else 0)

@@ -46,12 +46,17 @@ def cache_path(technique: Technique, bundle: Bundle, data: Sequence[str] | None)
     return cache_folder() / "prepared" / f"{technique.name}-{name}.safetensors"
 
 
+def calibrates(technique: Technique) -> bool:
+    """True for a technique that has something to prepare."""
+    return type(technique).prepare is not Technique.prepare
+
+
 def cached_prepare(technique: Technique, bundle: Bundle, data: Sequence[str] | None = None, progress: Progress = silent) -> Prepared:
     """`technique.prepare`, or what it found for the same weights, settings and text before.
 
     A file that is broken is made again; a folder that cannot be written costs only the next run's time.
     """
-    if type(technique).prepare is Technique.prepare:
+    if not calibrates(technique):
         return technique.prepare(bundle, data, progress)
     path = cache_path(technique, bundle, data)
     if path.is_file():

@@ -35,6 +35,7 @@ class ChatRequest:
     histories: column -> the conversation before this question; a column without one starts afresh.
     reverse: run the columns last to first, so that over turns no method always goes first.
     at_once: run them together; times are then marked as not comparable.
+    calibration: text that techniques calibrate on; empty for the project's own.
     """
 
     message: str
@@ -48,6 +49,7 @@ class ChatRequest:
     reverse: bool = False
     at_once: bool = False
     score: bool = True
+    calibration: str = ""
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ class ChatService:
         try:
             techniques: tuple[Technique, ...] = parse_method(column)
             progress = _progress_of(column, stop, emit)
-            engine = self.pool.get(request.model_id, techniques, revision=request.revision, dtype=request.dtype, progress=progress)
+            engine = self.pool.get(request.model_id, techniques, revision=request.revision, dtype=request.dtype, calibration=request.calibration, progress=progress)
             emit(ColumnStatus(column, "answering"))
             answer = engine.answer(_conversation(request, column), request.sampling, stop, lambda text: emit(ColumnText(column, text)))
         except FuseboxError as error:

@@ -132,8 +132,11 @@ def baseline_engine(bundle: Bundle) -> Engine:
     return Engine(bundle)
 
 
-def fused_engine(base: Bundle, techniques: Sequence[Technique], progress: Progress = silent) -> Engine:
+def fused_engine(base: Bundle, techniques: Sequence[Technique], progress: Progress = silent, calibration: Sequence[str] | None = None) -> Engine:
     """A copy of `base` over the same tensors with techniques applied; `base` itself is left alone.
+
+    Args:
+        calibration: texts that techniques calibrate on; the project's own when None.
 
     Raises:
         IncompatibleTechniques, UnsupportedModel: before anything is changed.
@@ -145,7 +148,7 @@ def fused_engine(base: Bundle, techniques: Sequence[Technique], progress: Progre
         for place, technique in enumerate(chain):
             progress(place / len(chain), f"applying {technique.title}")
             technique.check(bundle)
-            applied.append(technique.apply(bundle, cached_prepare(technique, bundle, progress=progress)))
+            applied.append(technique.apply(bundle, cached_prepare(technique, bundle, calibration, progress)))
     except BaseException:
         for done in reversed(applied):
             done.undo()

@@ -50,7 +50,7 @@ def chat_record(request: ChatRequest, answers: Mapping[str, Answer], errors: Map
     """A whole comparison: the request, the model that answered, each column's answer or error, units, and provenance."""
     info = next((a.model for a in answers.values()), None)
     return plain({
-        "request": {**asdict(request), "methods": list(request.methods)},
+        "request": {**asdict(request), "methods": list(request.methods), "calibration": calibration_record(request.calibration)},
         "order": list(reversed(request.methods)) if request.reverse else list(request.methods),
         "model": {**(asdict(info) if info else {"model_id": request.model_id}), "dtype_choice": asdict(choice) if choice else None},
         "answers": {column: answer_record(a) for column, a in answers.items()},
@@ -58,6 +58,12 @@ def chat_record(request: ChatRequest, answers: Mapping[str, Answer], errors: Map
         "definitions": {name: {"definition": m["definition"], "unit": m["unit"]} for name, m in METRICS.items()},
         "provenance": provenance(),
     })
+
+
+def calibration_record(text: str) -> dict[str, Any] | None:
+    """Size and digest of a user's calibration text; None for the project's own."""
+    data = text.encode("utf-8", "replace")
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} if text else None
 
 
 def to_json(record: Mapping[str, Any]) -> str:

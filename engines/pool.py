@@ -12,6 +12,7 @@ from core.bundle import Bundle
 from core.errors import InvalidRequest, OutOfMemory
 from core.loading import load_bundle
 from core.memory import total_bytes
+from core.prepared_cache import calibrates
 from core.progress import Progress, silent
 from core.provenance import cpu_name
 from core.technique import Technique
@@ -27,12 +28,16 @@ MAX_ENGINES = 24
 
 @dataclass(frozen=True)
 class EngineKey:
-    """What makes an engine. `dtype` is auto, float32 or bfloat16; `method` spells the techniques."""
+    """What makes an engine. `dtype` is auto, float32 or bfloat16; `method` spells the techniques.
+
+    calibration: the user's text that techniques were calibrated on, empty for the project's own.
+    """
 
     model_id: str
     revision: str | None
     dtype: str
     method: str
+    calibration: str = ""
 
 
 class EnginePool:
@@ -48,13 +53,16 @@ class EnginePool:
         self._building = threading.Lock()
 
     def get(self, model_id: str, techniques: tuple[Technique, ...] = (), *, revision: str | None = None,
-            dtype: str = AUTO, progress: Progress = silent) -> Engine:
+            dtype: str = AUTO, calibration: str = "", progress: Progress = silent) -> Engine:
         """The engine for a model and techniques, built now if it is not there.
+
+        Args:
+            calibration: text that techniques calibrate on; empty for the project's own. Those that do not calibrate ignore it.
 
         Raises:
             what `load_bundle` and the techniques raise; the pool is as before then.
         """
-        key = EngineKey(model_id, revision, dtype, method_name(techniques))
+        key = EngineKey(model_id, revision, dtype, method_name(techniques), calibration if any(map(calibrates, techniques)) else "")
         found = self._find(key)
         if found is not None:
             return found
@@ -70,7 +78,7 @@ class EnginePool:
     def _build(self, key: EngineKey, techniques: tuple[Technique, ...], progress: Progress) -> Engine:
         base_key = EngineKey(key.model_id, key.revision, key.dtype, method_name(()))
         base = self._find(base_key) or self._add(base_key, baseline_engine(self._load(base_key, progress)))
-        return base if key == base_key else self._add(key, fused_engine(base.bundle, techniques, progress))
+        return base if key == base_key else self._add(key, fused_engine(base.bundle, techniques, progress, [key.calibration] if key.calibration else None))
 
     def dtype_choice(self, model_id: str, *, revision: str | None = None, dtype: str = AUTO) -> DtypeChoice | None:
         """How the baseline's dtype was chosen; None when it was asked for, or the model is not loaded."""

@@ -49,7 +49,7 @@ class ChatEvents:
 
         Techniques that cannot be applied leave the baseline alone, with the reason.
         """
-        model, system, dtype, at_once, score, *rest = values
+        model, system, dtype, at_once, score, calibration, *rest = values
         sampling, form = rest[: len(SAMPLING)], rest[len(SAMPLING) :]
         method, form_error = BASELINE, None
         try:
@@ -58,7 +58,7 @@ class ChatEvents:
             form_error = str(error)
         return ChatSettings(
             model_id=str(model or ""), method=method, form_error=form_error, system=str(system or ""), dtype=str(dtype),
-            at_once=bool(at_once), score=bool(score), sampling=dict(zip(SAMPLING, sampling, strict=True)),
+            at_once=bool(at_once), score=bool(score), calibration=str(calibration or "").strip(), sampling=dict(zip(SAMPLING, sampling, strict=True)),
         )
 
     def run(self, request: gr.Request, text: str, values: tuple[Any, ...]) -> Iterator[ChatPage]:

@@ -40,6 +40,7 @@ class ChatSettings:
     score: bool
     sampling: Mapping[str, Any]
     form_error: str | None = None
+    calibration: str = ""
 
 
 @dataclass
@@ -89,7 +90,7 @@ def _request(session: Session, message: str, settings: ChatSettings) -> ChatRequ
     return ChatRequest(
         message=clean_message(message), methods=methods, model_id=settings.model_id, dtype=settings.dtype, system=settings.system,
         sampling=sampling_from(dict(settings.sampling)), histories=histories, reverse=session.asked % 2 == 1, at_once=settings.at_once,
-        score=settings.score,
+        score=settings.score, calibration=settings.calibration,
     )
 
 
@@ -182,6 +183,8 @@ def equal_command(message: str, settings: ChatSettings) -> str:
     for name, value in settings.sampling.items():
         if value != Sampling.__dataclass_fields__[name].default and not isinstance(value, bool):
             words += ["--" + name.replace("_", "-"), f"{value:g}" if isinstance(value, float) else str(value)]
+    if settings.calibration:
+        words += ["--calibration", "calibration.txt"]
     if settings.at_once:
         words.append("--at-once")
     if not settings.score:

@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from engines.embedded.about import about_embedded_chat
 from engines.methods import BASELINE
 from engines.sampling import Sampling
 from ui import chat_handlers as handlers
@@ -85,6 +86,8 @@ def create_chat_tab(services: Services) -> None:
                 services.models(), value=next(iter(services.models()), None), label="Model", allow_custom_value=True, elem_id="model",
                 info=texts.MODEL_HELP_SPACE if on_space() else texts.MODEL_HELP,
             )
+            if "embedded" in services.models():
+                gr.HTML(f'<p class="about-model">{about_embedded_chat()}</p>', elem_id="about-model")
             gr.HTML('<h2 class="panel-title">Techniques of the fused engine</h2>')
             controls = create_technique_form(switched_on=FIRST_TECHNIQUE)
             with gr.Accordion("System prompt and sampling", open=False):
@@ -94,11 +97,12 @@ def create_chat_tab(services: Services) -> None:
                 dtype = gr.Radio(["auto", "float32", "bfloat16"], value="auto", label="baseline's number format", info="auto: the faster of the two on this machine, timed at load")
                 at_once = gr.Checkbox(False, label="run both at once", info=texts.AT_ONCE_HELP)
                 score = gr.Checkbox(True, label="score quality after the answers", info=texts.SCORE_HELP)
+                calibration = gr.Textbox(label="calibration text", info=texts.CALIBRATION_HELP, lines=2, max_lines=6, placeholder="The project's own text", elem_id="calibration")
         with gr.Column(scale=3, min_width=320, elem_classes="conversation"):
             chats, message = _create_conversation()
         with gr.Column(scale=3, min_width=320, elem_classes="results"):
             results, actions = _create_results()
-    inputs = [model, system, dtype, at_once, score, *sampling, *form_inputs(controls)]
+    inputs = [model, system, dtype, at_once, score, calibration, *sampling, *form_inputs(controls)]
     _wire(ChatEvents(services, controls), _Page(message, chats, results, actions), inputs)
 
 

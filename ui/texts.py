@@ -14,6 +14,7 @@ EXAMPLES = (
     "How does machine learning work?",
     "Why is the sky blue?",
 )
+CALIBRATION_HELP = "Techniques that calibrate take this text instead of the project's own; about 50 kB for the default settings."
 EMPTY_METRICS = "Metrics of both engines appear here after the first answer: times, tokens, memory and quality, each measured in the run that shows it."
 AT_ONCE_HELP = "Both engines share the cores then; times are marked as not comparable."
 SCORE_HELP = "Scores the baseline's answer under the fused engine, token by token: costs about as long as the answer itself."

@@ -15,6 +15,7 @@ from core.bundle import Bundle
 from core.datasets import is_held_out, read_corpus
 from core.evaluation import wilson_interval
 from core.progress import Progress, Stop, silent
+from engines.built_in_queries import BUILT_IN
 from engines.embedded.instructions import (
     HELD_OUT_PERCENT,
     InstructionSet,
@@ -147,6 +148,15 @@ class ChatEvaluation:
             "key_terms_kept": float(np.mean(kept)), "rouge_l": float(np.mean(rouge)), "samples": samples,
         }
 
+    def built_in(self, progress: Progress) -> dict[str, Any]:
+        """The queries that every comparison starts from: answers to be read, and the share of expected words in them."""
+        samples = []
+        for query in BUILT_IN:
+            progress(0.0, "built-in queries")
+            answer = self.ask(query.question, tokens=160)
+            samples.append({"kind": query.kind, "question": query.question, "answer": answer, "recall": keyword_recall(answer, query.keywords)})
+        return {"n": len(samples), "keyword_recall": float(np.mean([s["recall"] for s in samples])), "samples": samples}
+
 
 @torch.inference_mode()
 def bits_per_byte_by_position(bundle: Bundle, texts: Sequence[str], length: int = 1024, edges: Sequence[int] = (64, 256, 512, 1024)) -> dict[str, Any]:
@@ -200,6 +210,7 @@ def evaluate_chat(engine: Engine, shared: Path | None, *, limit: int | None = No
         "recall_from_context": evaluation.recall((100, 300, 600, 1000), progress),
         "reading": evaluation.reading(progress),
         "summaries": evaluation.summaries(progress),
+        "built_in": evaluation.built_in(progress),
     }
     if shared is not None:
         figures["bits_per_byte"] = {name: bits_per_byte_by_position(engine.bundle, texts) for name, texts in corpus_texts(shared).items()}

@@ -24,11 +24,12 @@ from optim.larosa.ops import rotation_of
 from optim.larosa.sites import HIGHEST, byte_shares, install_sites, set_sparsity
 from optim.larosa.structure import Structure, structure_of, weight_count
 
-VARIANTS = ("larosa", "larosa_threshold", "one_rotation", "online_rotation", "topk", "teal", "cats")
+VARIANTS = ("larosa", "larosa_threshold", "one_rotation", "one_rotation_threshold", "online_rotation", "topk", "teal", "cats")
 SEARCH_WINDOWS = 4
 SEARCH_LENGTH = 512
-_ROTATED = ("larosa", "larosa_threshold", "one_rotation", "online_rotation")
-_THRESHOLDS = ("larosa_threshold", "teal", "cats")
+_ONE = ("one_rotation", "one_rotation_threshold")
+_ROTATED = ("larosa", "larosa_threshold", *_ONE, "online_rotation")
+_THRESHOLDS = ("larosa_threshold", "one_rotation_threshold", "teal", "cats")
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class LaRoSA(Technique):
     Source: LaRoSA (arXiv 2507.01299). Deviates: `sparsity` is the share of the blocks' weight bytes that are not needed,
     not the paper's knob; each kind of site has its own coefficient; the first tokens and, by default, the prompt stay dense.
 
-    Variants: larosa (one rotation a layer, absorbed, adapters between layers); larosa_threshold (the same basis with TEAL's
-    thresholds, so that tokens differ in how many entries they keep; not in the paper); one_rotation (one for the model, no adapters);
+    Variants: larosa (one rotation a layer, absorbed, adapters between layers); one_rotation (one for the model, no adapters); both
+    with _threshold (TEAL's thresholds in the rotated basis, so that tokens differ in how many entries they keep; not in the paper);
     online_rotation (nothing absorbed but readers, one more product a norm); topk (unrotated); teal (arXiv 2408.14690,
     thresholds in place of Top-K); cats (arXiv 2404.08763, only behind the MLP's gate).
     """
@@ -97,7 +98,7 @@ class LaRoSA(Technique):
         structure = structure_of(trial.model, self.title)
         if self.variant in _ROTATED:
             moments = collect_moments(structure, windows, self.exempt, progress)
-            if self.variant == "one_rotation":
+            if self.variant in _ONE:
                 moments = [torch.stack([m / m.trace() for m in moments]).sum(0)]
             tensors = {f"rotation.{i}": rotation_of(m).float() for i, m in enumerate(moments)}
             self._rotate(structure, tensors, Edits())
