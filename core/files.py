@@ -1,10 +1,16 @@
-"""Files written so that a kill leaves the old one whole."""
+"""Where files are kept between runs, and how they are written so that a kill leaves the old one whole."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """`FUSEBOX_CACHE`, else `fusebox` in the user's cache folder."""
+    chosen = os.environ.get("FUSEBOX_CACHE")
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fusebox"
 
 
 def write_text(path: Path, text: str) -> None:

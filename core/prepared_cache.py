@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 
 from core.bundle import Bundle
 from core.errors import CalibrationError
+from core.files import cache_folder
 from core.progress import Progress, silent
 from core.technique import Prepared, Technique
 
@@ -20,12 +20,6 @@ log = logging.getLogger(__name__)
 
 VERSION = 1
 """Raised when a technique's preparation changes its meaning: older files are then made again."""
-
-
-def cache_folder() -> Path:
-    """`FUSEBOX_CACHE`, else `fusebox` in the user's cache folder."""
-    chosen = os.environ.get("FUSEBOX_CACHE")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fusebox"
 
 
 def weights_digest(bundle: Bundle) -> str:
