@@ -97,6 +97,16 @@ class ChatEvaluation:
             samples.append({"question": held["question"], "answer": answer, "recall": recalls[-1]})
         return {"n": len(chosen), "keyword_recall": float(np.mean(recalls)), "declined": _share(declined), "samples": samples}
 
+    def follow_ups(self, progress: Progress) -> dict[str, Any]:
+        """Two-turn talks whose second question does not name the topic: keyword recall of the second answer."""
+        recalls, samples = [], []
+        for place, row in enumerate(self.data.evaluation_follow_ups):
+            progress(place / len(self.data.evaluation_follow_ups), f"follow-ups {place}")
+            answer = self.ask(*row["turns"])
+            recalls.append(keyword_recall(answer, row["keywords"]))
+            samples.append({"turns": row["turns"], "answer": answer, "recall": recalls[-1]})
+        return {"n": len(recalls), "keyword_recall": float(np.mean(recalls)), "samples": samples}
+
     def unknown(self, progress: Progress) -> dict[str, Any]:
         """Questions outside the topics: the share declined."""
         hits, samples = [], []
@@ -206,6 +216,7 @@ def evaluate_chat(engine: Engine, shared: Path | None, *, limit: int | None = No
     evaluation = ChatEvaluation(engine)
     figures: dict[str, Any] = {
         "topics": evaluation.topics(limit, progress),
+        "follow_ups": evaluation.follow_ups(progress),
         "unknown": evaluation.unknown(progress),
         "recall_from_context": evaluation.recall((100, 300, 600, 1000), progress),
         "reading": evaluation.reading(progress),

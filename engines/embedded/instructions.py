@@ -50,6 +50,7 @@ class InstructionSet:
     unknown: list[str]
     declines: list[str]
     evaluation_unknown: list[str]
+    evaluation_follow_ups: list[dict[str, Any]]
 
 
 def load_instructions(folder: Path = CORPUS) -> InstructionSet:
@@ -63,6 +64,7 @@ def load_instructions(folder: Path = CORPUS) -> InstructionSet:
         unknown=[r["question"] for r in read_jsonl(folder / "unknown.jsonl")],
         declines=[r["answer"] for r in read_jsonl(folder / "declines.jsonl")],
         evaluation_unknown=[r["question"] for r in read_jsonl(folder / "eval" / "unknown.jsonl")],
+        evaluation_follow_ups=list(read_jsonl(folder / "eval" / "follow_ups.jsonl")),
     )
 
 
@@ -87,6 +89,7 @@ def normalised(question: str) -> str:
 def evaluation_questions(data: InstructionSet) -> set[str]:
     """Every question of the evaluation, normalised: none of them may be trained on."""
     held = {normalised(t["held_out"]["question"]) for t in data.topics} | {normalised(q) for q in data.evaluation_unknown}
+    held |= {normalised(turn) for row in data.evaluation_follow_ups for turn in row["turns"]}
     return held | {normalised(q["question"]) for row in data.reading if is_held_out(row["id"], HELD_OUT_PERCENT) for q in row["questions"]}
 
 

@@ -112,6 +112,19 @@ def test_no_evaluation_question_is_trained_on(data: InstructionSet, epoch: int) 
                 assert not any(text in message["content"] for text in held_texts)
 
 
+def test_follow_ups_of_the_evaluation_are_answered_by_their_topic_and_refer_back(data: InstructionSet) -> None:
+    topics = {t["id"]: t for t in data.topics}
+    assert len(data.evaluation_follow_ups) == len({row["topic"] for row in data.evaluation_follow_ups}) == 60
+    for row in data.evaluation_follow_ups:
+        topic, form = topics[row["topic"]], row["form"]
+        right = topic["follow_ups"][int(form.split(":")[1])]["answer"] if form.startswith("follow_up:") else answer_of(topic, form)
+        assert keyword_recall(right, row["keywords"]) == 1, row
+        first, second = row["turns"]
+        names = [topic["term"], topic["mention"], *topic["aliases"]]
+        assert any(name.lower() in first.lower() for name in names), row
+        assert not re.search(rf"\b{re.escape(topic['term'].lower())}\b", second.lower()), row
+
+
 def test_code_words_of_the_evaluation_are_not_trained_on() -> None:
     assert len(code_words(held_out=True)) >= 10
     assert not set(code_words(held_out=True)) & set(code_words(held_out=False))
