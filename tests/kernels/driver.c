@@ -12,6 +12,10 @@ int64_t fusebox_largest(int32_t *, const float *, int64_t, int64_t);
 int64_t fusebox_above(int32_t *, const float *, int64_t, float);
 int64_t fusebox_nonzero(int32_t *, const float *, int64_t);
 int64_t fusebox_tile(void);
+void fusebox_norm(float *, const float *, const float *, const float *, int64_t, int64_t, float, int64_t);
+void fusebox_rope(float *, const float *, const float *, int64_t, int64_t, int64_t);
+void fusebox_activate(float *, const float *, const float *, int64_t, int64_t);
+void fusebox_attention(float *, const float *, const float *, const float *, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float);
 
 static void *filled(size_t bytes) {
     unsigned char *p = malloc(bytes ? bytes : 1);
@@ -48,6 +52,15 @@ int main(void) {
                 fusebox_gemv_i4(y, x, bytes, scale4, bias, chosen, count, in, out, group);
             }
             free(x); free(y); free(bias); free(scale8); free(scale4); free(wf); free(bytes); free(rows);
+        }
+    for (int64_t dim = 1; dim < 70; dim += 17)
+        for (int64_t tokens = 1; tokens < 40; tokens += 19) {
+            float *q = floats(4 * dim), *out = floats(4 * (dim + 3)), *keys = floats(tokens * 2 * dim), *values = floats(tokens * 4 * (dim + 3)), *gain = floats(dim);
+            fusebox_attention(out, q, keys, values, 4, 2, 4, dim, dim + 3, tokens / 3, tokens, 0.25f);
+            fusebox_norm(q, q, gain, gain, 4, dim, 1e-5f, tokens % 2);
+            fusebox_rope(q, gain, gain, 4, dim, dim / 2 * 2);
+            for (int64_t kind = 0; kind < 4; kind++) fusebox_activate(q, q, kind % 2 ? keys : 0, 2 * dim, kind);
+            free(q); free(out); free(keys); free(values); free(gain);
         }
     puts("all checked");
     return 0;

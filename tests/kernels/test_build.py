@@ -137,5 +137,5 @@ def test_symbols_are_ours_alone() -> None:
     needs_compiler()
     library = build.native().library
     assert isinstance(library, ctypes.CDLL)
-    for name in ("gemv_f32", "gemv_bf16", "gemv_i8", "gemv_i4", "largest", "above", "nonzero", "tile"):
+    for name in ("gemv_f32", "gemv_bf16", "gemv_i8", "gemv_i4", "largest", "above", "nonzero", "tile", "norm", "rope", "activate", "attention"):
         assert getattr(library, f"fusebox_{name}")

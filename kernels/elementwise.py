@@ -1,0 +1,141 @@
+"""The small operations of a decode step, in C with torch beside it as the reference: norms, rotary positions, activations, attention.
+
+All take and return float32 on the CPU. S cached tokens, H query heads, D channels of a head.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kernels.build import native
+
+ACTIVATIONS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
+    "silu": (0, functional.silu),
+    "relu": (1, functional.relu),
+    "gelu": (2, functional.gelu),
+    "gelu_tanh": (3, lambda x: functional.gelu(x, approximate="tanh")),
+}
+"""Name -> number in source/elementwise.c, and the function in torch."""
+
+
+def norm(x: Tensor, gain: Tensor | None, shift: Tensor | None, eps: float, *, centre: bool) -> Tensor:
+    """RMSNorm, or LayerNorm when `centre`, over the last axis of `x` [..., n]; gain and shift [n] or None."""
+    _check(x=x, gain=gain, shift=shift)
+    _check_lengths(x.shape[-1], gain=gain, shift=shift)
+    library = native().library
+    if library is None:
+        return norm_reference(x, gain, shift, eps, centre=centre)
+    out = torch.empty_like(x)
+    library.fusebox_norm(*_pointers(out, x, gain, shift), _n(x.numel() // x.shape[-1]), _n(x.shape[-1]), ctypes.c_float(eps), _n(centre))
+    return out
+
+
+def norm_reference(x: Tensor, gain: Tensor | None, shift: Tensor | None, eps: float, *, centre: bool) -> Tensor:
+    """`norm` in torch, float64 inside."""
+    wide = x.double()
+    if centre:
+        wide = wide - wide.mean(-1, keepdim=True)
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    wide = wide if gain is None else wide * gain
+    return (wide if shift is None else wide + shift).float()
+
+
+def rope(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotary positions, half-split as in transformers.
+
+    Args:
+        x: [H, D]. cosine, sine: [R / 2] of the token's position; R <= D channels turn, the others stay.
+    """
+    _check(x=x, cosine=cosine, sine=sine)
+    if x.ndim != 2 or cosine.ndim != 1 or cosine.shape != sine.shape or 2 * len(cosine) > x.shape[1]:
+        raise ValueError(f"x is {tuple(x.shape)} and turns by {tuple(cosine.shape)} and {tuple(sine.shape)}; they must be [H, D] and twice [R / 2] with R <= D")
+    library = native().library
+    if library is None:
+        return rope_reference(x, cosine, sine)
+    out = x.clone()
+    library.fusebox_rope(*_pointers(out, cosine, sine), _n(x.shape[0]), _n(x.shape[1]), _n(2 * len(cosine)))
+    return out
+
+
+def rope_reference(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """`rope` in torch."""
+    half = len(cosine)
+    a, b, rest = x[:, :half], x[:, half : 2 * half], x[:, 2 * half :]
+    return torch.cat([a * cosine - b * sine, b * cosine + a * sine, rest], -1)
+
+
+def activate(x: Tensor, kind: str, gated: Tensor | None = None) -> Tensor:
+    """activation(x), times `gated` where given; [n] each. `kind` is one of ACTIVATIONS."""
+    if kind not in ACTIVATIONS:
+        raise ValueError(f"the activation is {kind!r}; use one of {', '.join(ACTIVATIONS)}")
+    _check(x=x, gated=gated)
+    _check_lengths(x.numel(), gated=gated)
+    number, function = ACTIVATIONS[kind]
+    library = native().library
+    if library is None:
+        return function(x) if gated is None else function(x) * gated
+    out = torch.empty_like(x)
+    library.fusebox_activate(*_pointers(out, x, gated), _n(x.numel()), _n(number))
+    return out
+
+
+def attention(q: Tensor, keys: Tensor, values: Tensor, scale: float, *, length: int | None = None, window: int | None = None) -> Tensor:
+    """Attention of one token over cached ones.
+
+    Args:
+        q: [H, D].
+        keys: [S, key_heads, D], values: [S, value_heads, D_v], token-major; head counts divide H, and may differ.
+        length: tokens in the cache; all S when None.
+        window: only the last so many tokens are seen.
+
+    Returns:
+        [H, D_v].
+    """
+    _check(q=q, keys=keys, values=values)
+    count = keys.shape[0] if length is None else length
+    heads = q.shape[0]
+    fits = q.ndim == 2 and keys.ndim == values.ndim == 3 and keys.shape[2] == q.shape[1] and not heads % keys.shape[1] and not heads % values.shape[1]
+    if not fits or not 1 <= count <= min(keys.shape[0], values.shape[0]):
+        raise ValueError(f"q {tuple(q.shape)}, keys {tuple(keys.shape)} and values {tuple(values.shape)} do not fit over {count} tokens")
+    first = 0 if window is None else max(0, count - window)
+    library = native().library
+    if library is None:
+        return attention_reference(q, keys[first:count], values[first:count], scale)
+    out = torch.empty(heads, values.shape[2])
+    sizes = (heads, keys.shape[1], values.shape[1], q.shape[1], values.shape[2], first, count)
+    library.fusebox_attention(*_pointers(out, q, keys, values), *map(_n, sizes), ctypes.c_float(scale))
+    return out
+
+
+def attention_reference(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """`attention` in torch, float64 inside, over all tokens given."""
+    heads = q.shape[0]
+    k = keys.double().repeat_interleave(heads // keys.shape[1], 1)
+    v = values.double().repeat_interleave(heads // values.shape[1], 1)
+    shares = (scale * torch.einsum("hd,shd->hs", q.double(), k)).softmax(-1)
+    return torch.einsum("hs,shd->hd", shares, v).float()
+
+
+def _n(value: int) -> ctypes.c_int64:
+    return ctypes.c_int64(int(value))
+
+
+def _pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
+    return [ctypes.c_void_p(0 if t is None else t.data_ptr()) for t in tensors]
+
+
+def _check(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and (tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.device.type != "cpu" or not tensor.numel()):
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; it must be float32, contiguous, not empty, on the CPU")
+
+
+def _check_lengths(length: int, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.numel() != length:
+            raise ValueError(f"{name} has {tensor.numel()} entries; it must have {length}")
