@@ -63,10 +63,10 @@ def chat(
     raise typer.Exit(1 if failed else 0)
 
 
-def _check_writable(path: Path | None) -> None:
+def _check_writable(path: Path | None, option: str = "--json") -> None:
     """Refuse an output file whose folder is missing before the work, not after it."""
     if path is not None and not path.resolve().parent.is_dir():
-        raise InvalidRequest(f"--json: there is no folder {path.parent}. Make it first.")
+        raise InvalidRequest(f"{option}: there is no folder {path.parent}. Make it first.")
 
 
 def _run_chat(service: Any, request: Any, json_path: Path | None) -> bool:
@@ -189,8 +189,8 @@ def bench_larosa(
     from engines.static_figures import quality_against_bytes, save_figure
     from optim.larosa.technique import VARIANTS
 
-    for path in (json_path, figure):
-        _check_writable(path)
+    _check_writable(json_path)
+    _check_writable(figure, "--figure")
     chosen = tuple(sorted({*(sparsity or ()), *(more_sparsity or ())})) or SPARSITIES
     texts = [_read_text(text)] if text else held_out_project_texts()
     bundle = load_bundle(model, revision=revision, dtype=dtype, progress=_show_progress)
@@ -198,7 +198,7 @@ def bench_larosa(
         bundle, texts, sparsities=chosen, variants=tuple(variant or VARIANTS), calibration=[_read_text(calibration)] if calibration else None,
         tokens=tokens, calibration_tokens=calibration_tokens, progress=_show_progress,
     )
-    data = {**data, "model": {"model_id": Path(model).name, "dtype": dtype}, "text": text.name if text else "held-out project text",
+    data = {**data, "model": {"model_id": bundle.info.model_id if bundle.info.source != "local" else Path(model).name, "revision": bundle.info.revision, "dtype": dtype}, "text": text.name if text else "held-out project text",
             "calibration_text": calibration.name if calibration else "project text", "date": datetime.date.today().isoformat(), "provenance": provenance()}
     print(f"\n{'variant':<17}{'sparsity':>9}{'measured':>9}{'MiB/token':>10}{'bits/byte':>10}{'agreement':>10}")
     print(f"{'dense':<17}{'':>18}{data['dense']['bytes_per_token'] / 2**20:>10.2f}{data['dense']['bits_per_byte']:>10.4f}{1:>10.1%}")

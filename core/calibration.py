@@ -31,6 +31,7 @@ def calibration_windows(bundle: Bundle, texts: Sequence[str] | None, tokens: int
 
     Args:
         texts: what to calibrate on; the project's own text when None.
+        tokens: rounded up to whole windows.
         length: longest window; shortened to the model's context.
 
     Raises:
@@ -39,7 +40,7 @@ def calibration_windows(bundle: Bundle, texts: Sequence[str] | None, tokens: int
     length = min(length, bundle.context_length)
     start = [] if bundle.tokenizer.bos_token_id is None else [int(bundle.tokenizer.bos_token_id)]
     body = length - len(start)
-    wanted = max(1, tokens // length) * body
+    wanted = max(1, -(-tokens // length)) * body
     ids: list[int] = []
     for text in project_texts() if texts is None else texts:
         ids += bundle.tokenizer(text + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from core.bundle import Bundle
+from core.phase import reading_prompt
 from core.progress import Stop
 
 PREFILL_CHUNK = 512
@@ -23,7 +24,8 @@ def prefill(bundle: Bundle, ids: Sequence[int], cache: Any, stop: Stop) -> Tenso
         if stop.requested:
             return None
         chunk = torch.tensor([list(ids[start : start + PREFILL_CHUNK])], device=bundle.device)
-        logits = bundle.model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+        with reading_prompt(True):
+            logits = bundle.model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
     return logits
 
 
@@ -31,5 +33,6 @@ def prefill(bundle: Bundle, ids: Sequence[int], cache: Any, stop: Stop) -> Tenso
 def decode_one_token(bundle: Bundle, token: int, cache: Any) -> Tensor:
     """One decode step: the logits [vocab_size] after `token`."""
     ids = torch.tensor([[token]], device=bundle.device)
-    logits: Tensor = bundle.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+    with reading_prompt(False):
+        logits: Tensor = bundle.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
     return logits

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from core import calibration
 from core.bundle import Bundle
 from core.errors import CalibrationError
 from core.files import cache_folder
@@ -18,13 +21,12 @@ from core.technique import Prepared, Technique
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
-"""Raised when a technique's preparation changes its meaning: older files are then made again."""
-
-
-def weights_digest(bundle: Bundle) -> str:
-    """A digest of every weight's name, shape and bits, and of the vocabulary's size."""
-    digest = hashlib.sha256(f"{bundle.model.config.model_type} {len(bundle.tokenizer)}".encode())
+def bundle_digest(bundle: Bundle) -> str:
+    """A digest of all that a preparation can depend on in a bundle: weights, configuration, tokenizer."""
+    tokenizer: Any = bundle.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    digest = hashlib.sha256(json.dumps([bundle.model.config.to_dict(), tokenizer.special_tokens_map, vocabulary], sort_keys=True, default=str).encode())
     for name, tensor in bundle.model.state_dict().items():
         if isinstance(tensor, torch.Tensor):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -32,10 +34,20 @@ def weights_digest(bundle: Bundle) -> str:
     return digest.hexdigest()
 
 
+def code_digest(technique: Technique) -> str:
+    """A digest of the technique's package and of the calibration text's reader: other code, other preparation."""
+    source = inspect.getsourcefile(type(technique))
+    files = sorted(Path(source).parent.glob("*.py")) if source else []
+    return hashlib.sha256(b"".join(path.read_bytes() for path in (*files, Path(calibration.__file__)))).hexdigest()
+
+
 def cache_path(technique: Technique, bundle: Bundle, data: Sequence[str] | None) -> Path:
     """Where the preparation of a technique for a bundle and calibration texts is kept."""
-    text = hashlib.sha256("\0".join(data).encode()).hexdigest() if data is not None else None
-    key = {"version": VERSION, "settings": technique.prepare_settings(), "weights": weights_digest(bundle), "text": text}
+    texts = calibration.project_texts() if data is None else list(data)
+    key = {
+        "code": code_digest(technique), "settings": technique.prepare_settings(), "bundle": bundle_digest(bundle),
+        "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
+    }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     return cache_folder() / "prepared" / f"{technique.name}-{name}.safetensors"
 

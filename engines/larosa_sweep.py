@@ -126,6 +126,7 @@ def sweep(
     plans = [LaRoSA(sparsity=s, variant=v, calibration_tokens=calibration_tokens) for v in variants for s in sparsities]
     if not plans:
         raise InvalidRequest("The sweep has nothing to do: give at least one sparsity and one variant.")
+    LaRoSA().check(bundle)
     reference = dense_reference(bundle, texts, tokens, plans[0].exempt)
     out: dict[str, Any] = {
         "dense": {"bits_per_byte": reference.bits_per_byte, "tokens": reference.tokens, **bytes_per_token(bundle, 0.0)}, "rows": [], "refused": [], "calibration": {},

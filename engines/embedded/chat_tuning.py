@@ -40,7 +40,7 @@ class Stage:
 
     corpus_tokens: windows of plain text an epoch, half of them with a repeated passage; `first_corpus_tokens` in the first.
     corpus_extracts: paragraphs of the corpus to summarise by their own sentences, an epoch.
-    final_fraction: the rate at the end as a share of the peak; 1 keeps it.
+    batch_tokens: padded tokens of one step. final_fraction: the rate at the end as a share of the peak; 1 keeps it.
     """
 
     epochs: int
@@ -48,6 +48,7 @@ class Stage:
     corpus_tokens: int
     first_corpus_tokens: int
     corpus_extracts: int
+    batch_tokens: int = 8192
     learning_rate: float = 1e-3
     muon_learning_rate: float = 6e-3
     schedule: str = "trapezoid"
@@ -58,18 +59,28 @@ COPYING = Stage(epochs=4, mix=Mix(), corpus_tokens=250_000, first_corpus_tokens=
 """First: attention learns to copy from the context. Code words of 600 tokens ago are recalled after it, topics are not yet told apart."""
 
 TOPICS = Stage(
-    epochs=10, mix=Mix(follow_ups=2, readings=1, written_summaries=0, topic_extracts=100, recalls=200),
-    corpus_tokens=60_000, first_corpus_tokens=60_000, corpus_extracts=200, muon_learning_rate=5e-3, schedule="linear",
+    epochs=4, mix=Mix(follow_ups=2, readings=1, written_summaries=0, topic_extracts=100, recalls=200),
+    corpus_tokens=60_000, first_corpus_tokens=60_000, corpus_extracts=200, muon_learning_rate=5e-3, schedule="linear", final_fraction=0.58,
 )
-"""Then: mostly topics, more often each, with a falling rate."""
+"""Then: mostly topics, more often each. Questions find their topic after it, answers begin well and then ramble."""
+
+ANSWERS = Stage(
+    epochs=7,
+    mix=Mix(
+        forms=(("definition", 2), ("short", 1), ("explanation", 2), ("how", 2), ("why", 1), ("example", 1), ("comparison", 1)),
+        unknowns=1, follow_ups=1, readings=0, written_summaries=0, topic_extracts=100, recalls=100,
+    ),
+    corpus_tokens=30_000, first_corpus_tokens=30_000, corpus_extracts=200, batch_tokens=6144,
+    learning_rate=8e-4, muon_learning_rate=4e-3, schedule="linear",
+)
+"""Last: long answers twice as often, smaller batches, the rate falling to nothing."""
 
 
 @dataclass(frozen=True)
 class ChatPlan:
     """Budget of one tuning run."""
 
-    stages: tuple[Stage, ...] = (COPYING, TOPICS)
-    batch_tokens: int = 8192
+    stages: tuple[Stage, ...] = (COPYING, TOPICS, ANSWERS)
     length: int = 1024  # longer conversations are left out
     seed: int = 0
 
@@ -164,7 +175,7 @@ def _schedule(
         talks = conversations(data, epoch, plan.seed, stage.mix) + (text.extracts(stage, epoch, plan.seed) if text else [])
         rows = [r for r in (encode_talk(t, tokenizer) for t in talks) if len(r[0]) <= plan.length]
         rows += text.windows(stage, epoch, first, plan.seed) if text else []
-        out += batches(rows, plan.batch_tokens, int(tokenizer.pad_token_id), np.random.default_rng((plan.seed, epoch, 3)))
+        out += batches(rows, stage.batch_tokens, int(tokenizer.pad_token_id), np.random.default_rng((plan.seed, epoch, 3)))
     return out
 
 

@@ -17,8 +17,7 @@ from engines.prompting import Message
 
 CORPUS = Path(__file__).resolve().parent.parent.parent / "assets" / "corpus"
 HELD_OUT_PERCENT = 12.0
-# How often an epoch asks for each form: the short ones teach for few tokens which words of a question name the topic.
-_FORMS = {"definition": 3, "short": 2, "explanation": 1, "how": 1, "why": 1, "example": 1, "comparison": 1}
+_SHORT_FORMS = (("definition", 3), ("short", 2), ("explanation", 1), ("how", 1), ("why", 1), ("example", 1), ("comparison", 1))
 _CODE_WORDS = ["amber", "anchor", "apricot", "arrow", "badger", "bamboo", "banner", "barley", "basket", "beacon", "birch", "bishop", "blanket", "bonfire", "bottle", "bramble", "bridge", "bronze", "bucket", "butter", "cabin", "candle", "canyon", "carbon", "carpet", "cedar", "cellar", "cherry", "chimney", "cinder", "clover", "cobalt", "comet", "copper", "coral", "cotton", "cradle", "crimson", "crystal", "daisy", "dagger", "dolphin", "dragon", "eagle", "ebony", "elder", "emerald", "falcon", "feather", "fennel", "ferry", "fiddle", "finch", "flint", "fossil", "garnet", "ginger", "glacier", "granite", "gravel", "hammer", "harbor", "hazel", "heron", "hollow", "honey", "indigo", "island", "ivory", "jacket", "jasmine", "jigsaw", "juniper", "kettle", "kitten", "ladder", "lagoon", "lantern", "lavender", "lemon", "lichen", "lilac", "linen", "magnet", "mango", "maple", "marble", "meadow", "melon", "mirror", "mosaic", "mustard", "nectar", "needle", "nickel", "nutmeg", "oasis", "ocean", "olive", "onyx", "orchid", "otter", "oyster", "paddle", "panther", "parrot", "pebble", "pepper", "pigeon", "pillow", "plaster", "pocket", "poplar", "prairie", "pumpkin", "puzzle", "quarry", "quartz", "rabbit", "raven", "ribbon", "river", "robin", "rocket", "saddle", "saffron", "salmon", "sapphire", "scarlet", "shadow", "silver", "sparrow", "spindle", "spruce", "stable", "summit", "sunset", "tangent", "temple", "thistle", "thunder", "timber", "topaz", "trumpet", "tulip", "tunnel", "turnip", "turtle", "velvet", "violet", "walnut", "willow", "winter", "yarrow", "zephyr"]
 
 _THINGS = ("dog", "cat", "horse", "boat", "bicycle", "robot", "team", "village", "project", "song", "ship", "street", "band", "school", "printer", "teacher", "neighbour", "planet")
@@ -26,12 +25,15 @@ _THINGS = ("dog", "cat", "horse", "boat", "bicycle", "robot", "team", "village",
 
 @dataclass(frozen=True)
 class Mix:
-    """How much of each kind an epoch holds. Every topic is always asked for in every form.
+    """How much of each kind an epoch holds.
 
-    follow_ups: second turns a topic. readings: questions a text. written_summaries: times each is shown.
+    forms: how often each topic is asked for in each form. The short ones teach for few tokens which words of a question name the topic.
+    unknowns: times each question outside the topics is asked. follow_ups: second turns a topic. readings: questions a text. written_summaries: times each is shown.
     topic_extracts, recalls: conversations of that kind.
     """
 
+    forms: tuple[tuple[str, int], ...] = _SHORT_FORMS
+    unknowns: int = 2
     follow_ups: int = 4
     readings: int = 2
     written_summaries: int = 1
@@ -95,7 +97,7 @@ def evaluation_questions(data: InstructionSet) -> set[str]:
 
 def _topic_singles(data: InstructionSet, mix: Mix, rng: np.random.Generator) -> Iterator[list[Message]]:
     for topic in data.topics:
-        for form, times in _FORMS.items():
+        for form, times in mix.forms:
             for _ in range(times):
                 yield [_user(phrase(form, topic, rng)), _assistant(answer_of(topic, form))]
 
@@ -203,7 +205,7 @@ def _smalltalk(data: InstructionSet, mix: Mix, rng: np.random.Generator) -> Iter
 
 def _unknown(data: InstructionSet, mix: Mix, rng: np.random.Generator) -> Iterator[list[Message]]:
     for question in data.unknown:
-        for _ in range(2):
+        for _ in range(mix.unknowns):
             yield [_user(as_typed(question, rng)), _assistant(str(rng.choice(data.declines)))]
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from core.errors import CalibrationError
 from core.progress import Progress
 from optim.larosa.modules import Site
 from optim.larosa.sites import byte_shares, set_sparsity
@@ -56,6 +58,9 @@ def search_multipliers(
 
     Returns:
         multipliers, the loss with them, and the loss with all of them at 1; nats per token.
+
+    Raises:
+        CalibrationError: the loss is not finite.
     """
     shares = byte_shares(sites)
     best = dict.fromkeys(shares, 1.0)
@@ -65,6 +70,8 @@ def search_multipliers(
         return sparse_loss(structure, sites, windows, exempt)
 
     uniform = lowest = loss_of(best)
+    if not math.isfinite(uniform):
+        raise CalibrationError(f"The model's loss on calibration text is {uniform} at sparsity {REFERENCE_SPARSITY}. Give other text, or check the model in float32.")
     if len(shares) == 1:
         return best, lowest, uniform
     for place, step in enumerate(STEPS):

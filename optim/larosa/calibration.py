@@ -15,7 +15,7 @@ from optim.larosa.structure import Structure, norm_eps
 
 QUANTILES = 1001
 _SAMPLED = 1 << 18
-"""Magnitudes kept of one site and window; the quantiles come from all windows together."""
+"""About so many magnitudes are kept of one site and window; the quantiles come from all windows together."""
 
 
 @contextmanager
@@ -73,9 +73,11 @@ def collect_magnitudes(structure: Structure, windows: Sequence[Tensor], exempt: 
 
     def collect(key: str) -> Callable[[Tensor], None]:
         def take(x: Tensor) -> None:
-            values = x[:, exempt:].abs().float().flatten()
-            step = max(1, -(-values.numel() // _SAMPLED))
-            samples.setdefault(key, []).append(values[::step].cpu())
+            rows = x[:, exempt:].reshape(-1, x.shape[-1])
+            count = max(1, _SAMPLED // rows.shape[1])
+            if len(rows) > count:  # whole tokens: a step over single entries would meet the same channels again and again
+                rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count].to(rows.device)]
+            samples.setdefault(key, []).append(rows.abs().float().flatten().cpu())
 
         return take
 

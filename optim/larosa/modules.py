@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from core.phase import is_prompt
 from optim.larosa.ops import keep_above, keep_largest
 
 
@@ -18,8 +20,11 @@ class TokenPosition(threading.local):
     """Tokens already in the KV cache."""
 
     def note(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the whole model."""
+        """Forward pre-hook of the decoder, however its cache is handed over."""
         cache = kwargs.get("past_key_values")
+        if cache is None and args:
+            names = list(inspect.signature(model.forward).parameters)
+            cache = dict(zip(names, args, strict=False)).get("past_key_values")
         self.start = int(cache.get_seq_length()) if cache is not None else 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TokenPosition:
@@ -31,8 +36,8 @@ class Site(nn.Module):
 
     kind: "attention" (input of q, k, v), "output" (of o), "mlp" (of gate and up, or fc1), "down" (of down, or fc2).
     weights: weight entries of the layers that read here.
-    prefill: also drop in calls of more than one token; else those stay dense.
-    exempt: this many first positions of a text stay dense, whatever the call.
+    prefill: also drop while the prompt is read; else it stays dense.
+    exempt: this many first positions of a text stay dense, whatever the call. Padding on the left counts as positions.
     """
 
     def __init__(self, kind: str, width: int, weights: int, position: TokenPosition, *, prefill: bool, exempt: int) -> None:
@@ -50,7 +55,7 @@ class Site(nn.Module):
         """`x` [B, T, width] with the rows that are not exempt sparsified."""
         tokens = x.shape[-2]
         dense = max(0, self.exempt - self.position.start)
-        if (tokens > 1 and not self.prefill) or dense >= tokens:
+        if dense >= tokens or (not self.prefill and is_prompt(tokens)):
             return x
         out = self.drop(x) if dense == 0 else torch.cat([x[..., :dense, :], self.drop(x[..., dense:, :])], dim=-2)
         if self.counting:

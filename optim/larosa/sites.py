@@ -26,7 +26,7 @@ def install_sites(structure: Structure, rule: type[Site], edits: Edits, *, prefi
         the sites in forward order, and the paths of the modules they hang on.
     """
     position = TokenPosition()
-    edits.add_hook(structure.model.register_forward_pre_hook, position.note, with_kwargs=True)
+    edits.add_hook(structure.model.base_model.register_forward_pre_hook, position.note, with_kwargs=True)
     sites, touched = [], []
 
     def add(index: int, name: str, kind: str, readers: Sequence[str], use: type[Site], *, behind: bool) -> None:
@@ -98,6 +98,12 @@ def set_sparsity(sites: Sequence[Site], sparsity: float, multipliers: Mapping[st
                 assert quantiles is not None
                 site.threshold = threshold_for(quantiles[f"{kind}.{index}"], share)
     return wanted
+
+
+def kept_share(sites: Sequence[Site], kind: str) -> float:
+    """Share of the entries that Top-K sites of a kind keep."""
+    chosen = [site for site in sites if site.kind == kind and isinstance(site, TopKSite)]
+    return sum(site.keep for site in chosen) / sum(site.width for site in chosen)
 
 
 @contextmanager

@@ -84,21 +84,33 @@ def structure_of(model: PreTrainedModel, technique: str) -> Structure:
         UnsupportedModel: unknown family, projections around the blocks, or layers that are quantised or adapted.
     """
     structure = Structure(model, architecture_of(model, technique))
-    for path, layer in structure.layers():
+    head = model.get_output_embeddings()
+    for path, layer in (*structure.layers(), ("the output head", head)):
         if not is_plain_linear(layer):
             kind = f"{type(layer).__module__.split('.')[0]}.{type(layer).__name__}"
             raise UnsupportedModel(f"{technique} rewrites full-precision weights, and {path} is a {kind}. Merge adapters, and quantise after it, not before.")
+    if not _has_module(model, structure.architecture.final_norm):
+        raise UnsupportedModel(f"{technique}: the model has no norm before its head, so the last rotation cannot be absorbed.")
     width = model.config.get_text_config().hidden_size
     table: Any = model.get_input_embeddings()
+    if not isinstance(table, nn.Embedding):
+        raise UnsupportedModel(f"{technique} rewrites the embedding table, and it is a {type(table).__name__}. Merge adapters first.")
     if table.weight.shape[1] != width:
         raise UnsupportedModel(f"{technique}: embeddings of {table.weight.shape[1]} channels are projected to {width} before the blocks, so no rotation can be absorbed into them.")
     return structure
 
 
+def _has_module(model: nn.Module, path: str | None) -> bool:
+    try:
+        return path is not None and model.get_submodule(path) is not None
+    except AttributeError:
+        return False
+
+
 def norm_eps(norm: nn.Module) -> float:
     """The epsilon of a LayerNorm or an RMSNorm."""
-    value: Any = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None)
-    return float(value)
+    value: Any = getattr(norm, "variance_epsilon", None)
+    return float(norm.eps if value is None else value)  # type: ignore[arg-type]
 
 
 def weight_count(layer: nn.Module) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from core.bundle import Bundle, storage_bytes, tensors_of
 from core.calibration import calibration_windows, check_finite_weights
-from core.errors import UnsupportedModel
+from core.errors import CalibrationError, UnsupportedModel
 from core.progress import Progress, silent
 from core.reversible import Edits
 from core.technique import Effect, Label, Prepared, Report, Stage, Technique, option
@@ -21,7 +21,7 @@ from optim.larosa.allocation import search_multipliers
 from optim.larosa.calibration import collect_magnitudes, collect_moments
 from optim.larosa.modules import Site, ThresholdSite, TopKSite
 from optim.larosa.ops import rotation_of
-from optim.larosa.sites import HIGHEST, byte_shares, install_sites, set_sparsity
+from optim.larosa.sites import HIGHEST, byte_shares, install_sites, kept_share, set_sparsity
 from optim.larosa.structure import Structure, structure_of, weight_count
 
 VARIANTS = ("larosa", "larosa_threshold", "one_rotation", "one_rotation_threshold", "online_rotation", "topk", "teal", "cats")
@@ -84,9 +84,12 @@ class LaRoSA(Technique):
         """
         self.check(bundle)
         check_finite_weights(bundle)
-        # The last windows are for the search, apart from those that the rotations come from.
         length = min(SEARCH_LENGTH, bundle.context_length)
-        windows = calibration_windows(bundle, data, self.calibration_tokens + SEARCH_WINDOWS * length, length)
+        if length <= self.exempt + 1:
+            raise CalibrationError(f"The first {self.exempt} positions stay dense, and a window of this model has {length}: nothing is left to calibrate on. Set exempt lower.")
+        tokens = -(-self.calibration_tokens // length) * length
+        windows = calibration_windows(bundle, data, tokens + SEARCH_WINDOWS * length, length)
+        # The last windows are for the search, apart from those that the rotations come from.
         tensors = self._calibrate(bundle, windows[:-SEARCH_WINDOWS], progress)
         multipliers, meta = self._spread(bundle, tensors, windows[-SEARCH_WINDOWS:], progress)
         return Prepared(tensors, {"multipliers": json.dumps(multipliers), **meta})
@@ -101,8 +104,8 @@ class LaRoSA(Technique):
             if self.variant in _ONE:
                 moments = [torch.stack([m / m.trace() for m in moments]).sum(0)]
             tensors = {f"rotation.{i}": rotation_of(m).float() for i, m in enumerate(moments)}
-            self._rotate(structure, tensors, Edits())
         if self.variant in _THRESHOLDS:
+            self._rotate(structure, tensors, Edits())  # magnitudes are those of the rotated basis
             kinds = ("gate",) if self.variant == "cats" else ("attention", "output", "mlp", "down")
             found = collect_magnitudes(structure, windows, self.exempt, kinds, progress)
             tensors.update({f"quantiles.{key}": values for key, values in found.items()})
@@ -139,9 +142,12 @@ class LaRoSA(Technique):
         before = _weight_bytes(structure)
         sites, touched = self._install(structure, tensors, edits)
         asked = self.sparsity * HIGHEST / _cats_reach(structure) if self.variant == "cats" else self.sparsity
-        found = set_sparsity(sites, asked, multipliers, _quantiles(tensors))
+        wanted = set_sparsity(sites, asked, multipliers, _quantiles(tensors))
+        shares = {kind: kept_share(sites, kind) for kind in wanted} if self.variant not in _THRESHOLDS else {k: 1 - v for k, v in wanted.items()}
+        rule = "thresholds that left on calibration text" if self.variant in _THRESHOLDS else "each token keeps"
         notes = (
-            f"zeros a site: {', '.join(f'{kind} {share:.1%}' for kind, share in found.items())}; bytes guarded: {', '.join(f'{k} {v:.0%}' for k, v in byte_shares(sites).items())}",
+            f"{rule} {', '.join(f'{share:.1%} of {kind} inputs' for kind, share in shares.items())}",
+            f"bytes guarded: {', '.join(f'{kind} {share:.0%}' for kind, share in byte_shares(sites).items())}",
             "prompt and answer" if self.prefill else f"answer tokens only, the prompt and the first {self.exempt} positions stay dense",
             "simulated: entries are set to zero and every weight is still read; the native runtime skips them",
         )

@@ -236,8 +236,8 @@ def test_tuning_runs_resumes_and_writes_a_model_that_loads(tmp_path: Path, monke
     (corpus / "science.jsonl").write_text("\n".join(json.dumps({"text": text, "source": f"s{n}"}) for n in range(20)))
     monkeypatch.setattr(chat_tuning, "encode_talk", _only_role_tokens(tokenizer))
     monkeypatch.setattr(chat_tuning, "conversations", lambda data, epoch, seed, mix: [TALK] * 40)
-    stages = [chat_tuning.Stage(epochs, Mix(), corpus_tokens=2000, first_corpus_tokens=4000, corpus_extracts=3) for epochs in (1, 2)]
-    plan = chat_tuning.ChatPlan(stages=tuple(stages), batch_tokens=512)
+    stages = [chat_tuning.Stage(epochs, Mix(), corpus_tokens=2000, first_corpus_tokens=4000, corpus_extracts=3, batch_tokens=512) for epochs in (1, 2)]
+    plan = chat_tuning.ChatPlan(stages=tuple(stages))
     stop = Stop()
     stop.request()
     report = chat_tuning.train_chat(backbone, tmp_path / "out", tmp_path / "work", plan, corpus=corpus, stop=stop)
