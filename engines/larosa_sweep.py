@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from core.bundle import Bundle, storage_bytes, tensors_of
 from core.calibration import calibration_windows
 from core.errors import CalibrationError, FuseboxError, InvalidRequest
-from core.prepared_cache import cached_prepare
+from core.prepared_cache import cache_path, cached_prepare
 from core.progress import Progress, silent
 from core.technique import Prepared
 from optim.larosa.allocation import sparse_logits
@@ -117,7 +117,8 @@ def sweep(
         tokens: how many tokens of `texts` are scored.
 
     Returns:
-        "dense" (bits per byte, bytes per token, tokens), "rows" and "refused" (variants or sparsities that do not fit, with the reason).
+        "dense" (bits per byte, bytes per token, tokens), "rows", "refused" (variants or sparsities that do not fit, with the reason), and
+        "calibration" (seconds by variant, None where it was kept from an earlier run).
 
     Raises:
         InvalidRequest: an unknown variant or a sparsity out of range, before anything is computed.
@@ -135,9 +136,10 @@ def sweep(
         progress(place / len(plans), f"{plan.variant} at {plan.sparsity:g}")
         try:
             plan.check(bundle)
+            known = cache_path(plan, bundle, calibration).is_file()
             began = time.perf_counter()
             prepared = cached_prepare(plan, bundle, calibration, _scaled(progress, place, len(plans)))
-            out["calibration"].setdefault(plan.variant, {"seconds": time.perf_counter() - began, **prepared.meta})
+            out["calibration"].setdefault(plan.variant, {"seconds": None if known else time.perf_counter() - began, **prepared.meta})
             out["rows"].append(score_variant(bundle, plan, prepared, reference))
         except FuseboxError as error:
             out["refused"].append({"variant": plan.variant, "sparsity": plan.sparsity, "reason": str(error)})

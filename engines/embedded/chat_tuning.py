@@ -19,7 +19,7 @@ from core.progress import Progress, Stop, silent
 from core.training import TrainingPlan, TrainingReport, train
 from engines.embedded.backbone import SHARD_WEIGHTS, encode_documents, hidden_matrices, weighted_documents
 from engines.embedded.extracts import paragraphs
-from engines.embedded.instructions import Mix, conversations, extract_talk, load_instructions
+from engines.embedded.instructions import Mix, conversations, extract_talk, garbled_questions, load_instructions
 from engines.embedded.short_attention import use_short_row_attention
 from engines.embedded.tokenizer import ASSISTANT, END, SYSTEM, USER
 from engines.embedded.windows import corpus_windows
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 SHARD_SIZE = "9MB"
 EXTRACT_SHARDS = ("science", "climate", "ai_ml", "general")
 OPENING_TOKENS = 8
+OPENING_ROWS = 20
 OPENING_WEIGHT = 3
 """An answer's first tokens say which topic and form it is, and are a small share of all tokens: they count this many times."""
 
@@ -40,6 +41,7 @@ class Stage:
 
     corpus_tokens: windows of plain text an epoch, half of them with a repeated passage; `first_corpus_tokens` in the first.
     corpus_extracts: paragraphs of the corpus to summarise by their own sentences, an epoch.
+    garbled: questions a topic with words missing and strange ones in between; of their answers only the opening is learned.
     batch_tokens: padded tokens of one step. final_fraction: the rate at the end as a share of the peak; 1 keeps it.
     """
 
@@ -48,6 +50,7 @@ class Stage:
     corpus_tokens: int
     first_corpus_tokens: int
     corpus_extracts: int
+    garbled: int = 0
     batch_tokens: int = 8192
     learning_rate: float = 1e-3
     muon_learning_rate: float = 6e-3
@@ -73,14 +76,25 @@ ANSWERS = Stage(
     corpus_tokens=30_000, first_corpus_tokens=30_000, corpus_extracts=200, batch_tokens=6144,
     learning_rate=8e-4, muon_learning_rate=4e-3, schedule="linear",
 )
-"""Last: long answers twice as often, smaller batches, the rate falling to nothing."""
+"""Then: long answers twice as often, smaller batches. Trained questions are answered word by word after it, others one in three."""
+
+PARAPHRASES = Stage(
+    epochs=2,
+    mix=Mix(
+        forms=(("definition", 1), ("short", 1), ("explanation", 1), ("how", 1), ("why", 1), ("example", 1), ("comparison", 1)),
+        unknowns=1, follow_ups=1, readings=0, written_summaries=0, topic_extracts=100, recalls=100,
+    ),
+    corpus_tokens=30_000, first_corpus_tokens=30_000, corpus_extracts=200, garbled=30, batch_tokens=6144,
+    learning_rate=5e-4, muon_learning_rate=2e-3, schedule="linear",
+)
+"""Last: many garbled questions, so that it is the topic's name that decides; the rate falls to nothing."""
 
 
 @dataclass(frozen=True)
 class ChatPlan:
     """Budget of one tuning run."""
 
-    stages: tuple[Stage, ...] = (COPYING, TOPICS, ANSWERS)
+    stages: tuple[Stage, ...] = (COPYING, TOPICS, ANSWERS, PARAPHRASES)
     length: int = 1024  # longer conversations are left out
     seed: int = 0
 
@@ -100,6 +114,13 @@ def encode_talk(talk: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> 
         ids += turn
         labels += [IGNORE, *turn[1:]] if learned else [IGNORE] * len(turn)
     return ids, labels
+
+
+def opening_only(row: Row) -> Row:
+    """A row cut after the first tokens of its answer."""
+    ids, labels = row
+    end = next(place for place, label in enumerate(labels) if label != IGNORE) + OPENING_ROWS
+    return ids[:end], labels[:end]
 
 
 def batches(rows: Sequence[Row], tokens: int, pad: int, rng: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -174,6 +195,7 @@ def _schedule(
         progress(0.0, f"encoding epoch {epoch + 1}")
         talks = conversations(data, epoch, plan.seed, stage.mix) + (text.extracts(stage, epoch, plan.seed) if text else [])
         rows = [r for r in (encode_talk(t, tokenizer) for t in talks) if len(r[0]) <= plan.length]
+        rows += [opening_only(encode_talk(t, tokenizer)) for t in garbled_questions(data, epoch, plan.seed, stage.garbled)] if stage.garbled else []
         rows += text.windows(stage, epoch, first, plan.seed) if text else []
         out += batches(rows, stage.batch_tokens, int(tokenizer.pad_token_id), np.random.default_rng((plan.seed, epoch, 3)))
     return out

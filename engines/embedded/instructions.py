@@ -12,7 +12,7 @@ import numpy as np
 
 from core.datasets import is_held_out, read_jsonl
 from engines.embedded.extracts import extract, sentences
-from engines.embedded.phrasings import FOLLOW_UPS, READING, SUMMARY, as_typed, fill, phrase
+from engines.embedded.phrasings import FOLLOW_UPS, READING, SUMMARY, as_typed, fill, garbled, phrase
 from engines.prompting import Message
 
 CORPUS = Path(__file__).resolve().parent.parent.parent / "assets" / "corpus"
@@ -207,6 +207,24 @@ def _unknown(data: InstructionSet, mix: Mix, rng: np.random.Generator) -> Iterat
     for question in data.unknown:
         for _ in range(mix.unknowns):
             yield [_user(as_typed(question, rng)), _assistant(str(rng.choice(data.declines)))]
+
+
+def garbled_questions(data: InstructionSet, epoch: int, seed: int, per_topic: int) -> list[list[Message]]:
+    """Questions with words missing and strange ones in between, `per_topic` a topic and half as many outside the topics, shuffled."""
+    rng = np.random.default_rng((seed, epoch, 4))
+    kept_apart = evaluation_questions(data)
+    forms = ["definition", "definition", "short", "explanation", "explanation", "how", "how", "why", "example"]
+    talks = []
+    for topic in data.topics:
+        for _ in range(per_topic):
+            form = str(rng.choice(forms))
+            question = garbled(phrase(form, topic, rng), [topic["mention"], topic["term"], *topic["aliases"]], data.unknown, rng)
+            talks.append([_user(question), _assistant(answer_of(topic, form))])
+    for _ in range(len(data.topics) * per_topic // 2):
+        question = garbled(as_typed(str(rng.choice(data.unknown)), rng), (), data.unknown, rng)
+        talks.append([_user(question), _assistant(str(rng.choice(data.declines)))])
+    talks = [t for t in talks if normalised(t[0]["content"]) not in kept_apart]
+    return [talks[i] for i in rng.permutation(len(talks))]
 
 
 def conversations(data: InstructionSet, epoch: int, seed: int = 0, mix: Mix | None = None) -> list[list[Message]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,28 @@ def as_typed(question: str, rng: np.random.Generator) -> str:
     if rng.random() < 0.15 and question[-1] in "?.!":
         question = question[:-1]
     return question
+
+
+def garbled(question: str, names: Sequence[str], strangers: Sequence[str], rng: np.random.Generator) -> str:
+    """A question with words left out, pieces of other questions put in, and sometimes its pieces in another order; the topic's name stays whole.
+
+    What is learned from such questions is to look for the name, whatever stands around it.
+
+    Args:
+        names: ways to write the topic's name; the first that occurs is kept.
+        strangers: questions about other things, to take pieces from.
+    """
+    place, name = next(((i, question[i : i + len(n)]) for n in names if (i := question.lower().find(n.lower())) >= 0), (0, ""))
+    pieces = [[w for w in part.split() if rng.random() > 0.25] for part in (question[:place], question[place + len(name) :])]
+    if rng.random() < 0.2:
+        pieces.reverse()
+    for _ in range(int(rng.integers(0, 3))):
+        words = str(rng.choice(strangers)).strip("?.! ").split()
+        first = int(rng.integers(len(words)))
+        side = pieces[int(rng.integers(2))]
+        at = int(rng.integers(len(side) + 1))
+        side[at:at] = words[first : first + int(rng.integers(1, 7))]
+    return " ".join([*pieces[0], *([name] if name else []), *pieces[1]]) or question
 
 
 def phrase(form: str, topic: dict[str, Any], rng: np.random.Generator) -> str:

@@ -31,6 +31,7 @@ from engines.embedded.instructions import (
     code_words,
     conversations,
     evaluation_questions,
+    garbled_questions,
     load_instructions,
     normalised,
 )
@@ -259,6 +260,26 @@ def test_an_answers_opening_counts_more_than_its_rest() -> None:
     weight, opening = chat_tuning.OPENING_WEIGHT, chat_tuning.OPENING_TOKENS
     assert counts[0].tolist() == [0] * 5 + [weight] * opening + [1] * (20 - opening) + [0] * 5
     assert counts[1].tolist() == [weight] * 3 + [0] * 7 + [weight] * 2 + [0] * 18
+
+
+def test_garbled_questions_keep_their_topics_name_and_are_no_evaluation_question(data: InstructionSet) -> None:
+    talks = garbled_questions(data, 0, 0, 2)
+    kept_apart = evaluation_questions(data)
+    declines = set(data.declines)
+    names = {answer_of(t, form): [t["term"], t["mention"], *t["aliases"]] for t in data.topics for form in FORMS}
+    inside = [t for t in talks if t[1]["content"] not in declines]
+    assert len(inside) == 2 * len(data.topics) and len(talks) - len(inside) == len(data.topics)
+    named = [any(n.lower() in t[0]["content"].lower() for n in names[t[1]["content"]]) for t in inside]
+    assert np.mean(named) > 0.97  # written questions may name the topic in a way of their own
+    assert not any(normalised(t[0]["content"]) in kept_apart for t in talks)
+    plain = {m["content"] for talk in conversations(data, 0) for m in talk}
+    assert np.mean([t[0]["content"] in plain for t in inside]) < 0.1, "questions are not garbled"
+
+
+def test_only_the_opening_of_a_garbled_questions_answer_is_learned() -> None:
+    row = (list(range(40)), [IGNORE] * 10 + list(range(10, 40)))
+    ids, labels = chat_tuning.opening_only(row)
+    assert ids == list(range(10 + chat_tuning.OPENING_ROWS)) and labels == row[1][: len(ids)]
 
 
 @pytest.mark.parametrize("mix", [Mix(), Mix(follow_ups=1, readings=0, written_summaries=2, topic_extracts=7, recalls=0)])
