@@ -200,10 +200,10 @@ def bench_larosa(
     )
     data = {**data, "model": {"model_id": bundle.info.model_id if bundle.info.source != "local" else Path(model).name, "revision": bundle.info.revision, "dtype": dtype}, "text": text.name if text else "held-out project text",
             "calibration_text": calibration.name if calibration else "project text", "date": datetime.date.today().isoformat(), "provenance": provenance()}
-    print(f"\n{'variant':<17}{'sparsity':>9}{'measured':>9}{'MiB/token':>10}{'bits/byte':>10}{'agreement':>10}")
-    print(f"{'dense':<17}{'':>18}{data['dense']['bytes_per_token'] / 2**20:>10.2f}{data['dense']['bits_per_byte']:>10.4f}{1:>10.1%}")
+    print(f"\n{'variant':<23}{'sparsity':>9}{'measured':>9}{'MiB/token':>10}{'bits/byte':>10}{'agreement':>10}")
+    print(f"{'dense':<23}{'':>18}{data['dense']['bytes_per_token'] / 2**20:>10.2f}{data['dense']['bits_per_byte']:>10.4f}{1:>10.1%}")
     for row in data["rows"]:
-        print(f"{row['variant']:<17}{row['sparsity']:>9.2f}{row['measured_sparsity'] or 0:>9.3f}{row['bytes_per_token'] / 2**20:>10.2f}"
+        print(f"{row['variant']:<23}{row['sparsity']:>9.2f}{row['measured_sparsity'] or 0:>9.3f}{row['bytes_per_token'] / 2**20:>10.2f}"
               f"{row['bits_per_byte']:>10.4f}{row['agreement']:>10.1%}")
     for refused in data["refused"]:
         print(f"{refused['variant']} at {refused['sparsity']:g}: {refused['reason']}")

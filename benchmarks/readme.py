@@ -11,7 +11,7 @@ from typing import Any
 from engines.metric_text import format_metric
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", ROOT / "assets" / "models" / "chat" / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "larosa.md", ROOT / "assets" / "models" / "chat" / "README.md")
 RESULTS = ROOT / "benchmarks" / "results"
 _COLUMNS = ("decode_tok_s", "ttft_s", "weights_in_use_bytes", "kv_in_use_bytes", "baseline_answer_bits_per_byte", "agreement_share")
 _HEADINGS = ("method", "label", "decode (p10 to p90)", "first token", "weights in use", "KV in use", "bits/byte of the baseline's answers", "agreement")
@@ -43,19 +43,48 @@ def model_card_table(data: dict[str, Any]) -> str:
     topics, summaries = data["topics"], data["summaries"]
     rows = [
         ("keyword recall on held-out paraphrases of its topics", f"{topics['keyword_recall']:.2f} (n={topics['n']})"),
+        ("keyword recall of the second answer in two-turn talks", f"{data['follow_ups']['keyword_recall']:.2f} (n={data['follow_ups']['n']})"),
         ("in-topic questions wrongly declined", share(topics["declined"])),
         ("questions outside its topics declined", share(data["unknown"]["declined"])),
         *((f"code word recalled from {length} tokens of context", share(part)) for length, part in data["recall_from_context"].items()),
         ("questions about a held-out text answered with its words", share(data["reading"])),
+        ("keywords in the answers to the five built-in queries", f"{data['built_in']['keyword_recall']:.2f}"),
         ("summaries of held-out texts: length against the text", f"{summaries['length_ratio']:.2f}"),
         ("summaries: key terms kept / ROUGE-L", f"{summaries['key_terms_kept']:.2f} / {summaries['rouge_l']:.2f} (n={summaries['n']})"),
         *((f"bits per byte, {name}", f"{part['bits_per_byte']:.3f}") for name, part in data.get("bits_per_byte", {}).items()),
+        *((f"nats per token by position, {name}", _by_position(part)) for name, part in data.get("bits_per_byte", {}).items()),
     ]
     return "\n".join(["| measured | value |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)])
 
 
+def larosa_table(data: dict[str, Any]) -> str:
+    """Bits per byte of each variant at each sparsity, and what a token needs to read at half."""
+    sparsities = sorted({row["sparsity"] for row in data["rows"]})
+    found = {(row["variant"], row["sparsity"]): row for row in data["rows"]}
+    dense, mib = data["dense"], 2**20
+    lines = ["| variant | " + " | ".join(f"{s:.0%}" for s in sparsities) + " | weights a token needs at 50% | agreement at 50% |", "|" + " --- |" * (len(sparsities) + 3)]
+    lines.append(f"| dense model | {dense['bits_per_byte']:.3f} |" + " |" * (len(sparsities) - 1) + f" {dense['bytes_per_token'] / mib:.2f} MiB | 100% |")
+    for variant in dict.fromkeys(row["variant"] for row in data["rows"]):
+        cells = [f"{row['bits_per_byte']:.3f}" if (row := found.get((variant, s))) else "does not reach" for s in sparsities]
+        half = found.get((variant, 0.5))
+        cells += [f"{half['bytes_per_token'] / mib:.2f} MiB", f"{half['agreement']:.0%}"] if half else ["", ""]
+        lines.append(f"| `{variant}` | " + " | ".join(cells) + " |")
+    where, model = data["provenance"], data["model"]
+    seconds = [c["seconds"] for c in data["calibration"].values() if c["seconds"] is not None]
+    took = f" in at most {max(seconds):.0f} s a variant" if seconds else ""
+    lines += ["", f"Bits per byte, lower is better; columns are the share of the blocks' weight bytes left out. {model['model_id']} in {model['dtype']}, {dense['tokens']} tokens of "
+              f"{data['text']} scored as decode runs, calibrated on {data['calibration_text']}{took}. {where['cpu']}, {where['threads']} threads, {data['date']}."]
+    return "\n".join(lines)
+
+
+def _by_position(part: dict[str, Any]) -> str:
+    return ", ".join(f"{value:.2f} {name}" for name, value in part["nats_per_token_by_position"].items() if value is not None)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "chat": ("chat-embedded.json", chat_table),
+    "larosa-embedded": ("larosa-embedded.json", larosa_table),
+    "larosa-stories260k": ("larosa-stories260k.json", larosa_table),
     "model-card": ("chat-model-card.json", model_card_table),
 }
 

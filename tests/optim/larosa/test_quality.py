@@ -1,4 +1,4 @@
-"""The point of the rotation: at equal bytes of the blocks it costs less than its rivals, on models that really are trained."""
+"""The point of the rotation: at equal bytes of the blocks it costs less than its rivals, on a model that really is trained."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from torch import Tensor
 
 from core.bundle import Bundle
 from core.calibration import calibration_windows
-from core.loading import load_bundle
-from engines.larosa_sweep import held_out_project_texts
 from optim.larosa.allocation import sparse_loss
 from optim.larosa.sites import counting, measured, sites_of
 from optim.larosa.structure import structure_of
@@ -50,8 +48,3 @@ def check_beats_rivals(bundle: Bundle, texts: Sequence[str] | None, windows: Seq
 def test_rotation_beats_unrotated_rivals_on_stories(stories260k: Bundle, shared: Callable[..., Path]) -> None:
     stories = json.loads(shared("data", "tinystories", "tinystories_700.json").read_text())
     check_beats_rivals(stories260k, stories[:400], calibration_windows(stories260k, stories[500:], 4096, 512), 4096)
-
-
-def test_rotation_beats_unrotated_rivals_on_the_embedded_model() -> None:
-    bundle = load_bundle("embedded", dtype="float32")
-    check_beats_rivals(bundle, None, calibration_windows(bundle, held_out_project_texts(), 2048, 512), 2048)
