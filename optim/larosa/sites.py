@@ -26,7 +26,7 @@ def install_sites(structure: Structure, rule: type[Site], edits: Edits, *, prefi
         the sites in forward order, and the paths of the modules they hang on.
     """
     position = TokenPosition()
-    edits.add_hook(structure.model.base_model.register_forward_pre_hook, position.note, with_kwargs=True)
+    edits.add_hook(structure.decoder.register_forward_pre_hook, position.note, with_kwargs=True)
     sites, touched = [], []
 
     def add(index: int, name: str, kind: str, readers: Sequence[str], use: type[Site], *, behind: bool) -> None:

@@ -36,6 +36,11 @@ class Structure:
         return self.architecture.block_list(self.model)
 
     @property
+    def decoder(self) -> nn.Module:
+        """The module that runs the blocks; every call of the model goes through it."""
+        return self.model.get_submodule(self.architecture.blocks.rpartition(".")[0])
+
+    @property
     def norms(self) -> tuple[Norm, ...]:
         """The norms of a block: two, or one that both halves of a parallel block read."""
         a = self.architecture
