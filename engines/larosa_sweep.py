@@ -13,10 +13,12 @@ from torch.nn.functional import cross_entropy
 
 from core.bundle import Bundle, storage_bytes, tensors_of
 from core.calibration import calibration_windows
+from core.datasets import is_held_out
 from core.errors import CalibrationError, FuseboxError, InvalidRequest
 from core.prepared_cache import cache_path, cached_prepare
 from core.progress import Progress, silent
 from core.technique import Prepared
+from engines.embedded.instructions import HELD_OUT_PERCENT, load_instructions
 from optim.larosa.allocation import sparse_logits
 from optim.larosa.modules import ResidualAdapter
 from optim.larosa.sites import counting, measured, sites_of
@@ -160,8 +162,5 @@ def by_variant(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[dict[
 
 def held_out_project_texts() -> list[str]:
     """Texts of the project that neither the embedded model nor any calibration sees."""
-    from core.datasets import is_held_out
-    from engines.embedded.instructions import HELD_OUT_PERCENT, load_instructions
-
     data = load_instructions()
     return [row["text"] for row in (*data.summaries, *data.reading) if is_held_out(row["id"], HELD_OUT_PERCENT)]

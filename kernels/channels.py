@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.arguments import check_float32, pointers, sizes
 from kernels.build import native
 
 
@@ -50,13 +51,14 @@ def nonzero(x: Tensor) -> Tensor:
 
 
 def _check(x: Tensor) -> None:
-    if x.ndim != 1 or x.dtype != torch.float32 or not x.is_contiguous() or x.device.type != "cpu":
-        raise ValueError(f"x is {x.dtype} {tuple(x.shape)} on {x.device}; it must be float32, one-dimensional, contiguous, on the CPU")
+    check_float32(x=x)
+    if x.ndim != 1:
+        raise ValueError(f"x is {tuple(x.shape)}; it must be one-dimensional")
 
 
 def _indices(symbol: str, x: Tensor, *arguments: Any) -> Tensor:
     rows = torch.empty(x.numel(), dtype=torch.int32)  # the C functions write one entry beyond what they keep
     function = getattr(native().library, symbol)
     function.restype = ctypes.c_int64
-    count = function(ctypes.c_void_p(rows.data_ptr()), ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.numel()), *arguments)
+    count = function(*pointers(rows, x), *sizes(x.numel()), *arguments)
     return rows[:count]

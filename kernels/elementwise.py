@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.arguments import check_float32, pointers, sizes
 from kernels.build import native
 
 ACTIVATIONS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
@@ -25,13 +26,13 @@ ACTIVATIONS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
 
 def norm(x: Tensor, gain: Tensor | None, shift: Tensor | None, eps: float, *, centre: bool) -> Tensor:
     """RMSNorm, or LayerNorm when `centre`, over the last axis of `x` [..., n]; gain and shift [n] or None."""
-    _check(x=x, gain=gain, shift=shift)
+    check_float32(x=x, gain=gain, shift=shift)
     _check_lengths(x.shape[-1], gain=gain, shift=shift)
     library = native().library
     if library is None:
         return norm_reference(x, gain, shift, eps, centre=centre)
     out = torch.empty_like(x)
-    library.fusebox_norm(*_pointers(out, x, gain, shift), _n(x.numel() // x.shape[-1]), _n(x.shape[-1]), ctypes.c_float(eps), _n(centre))
+    library.fusebox_norm(*pointers(out, x, gain, shift), *sizes(x.numel() // x.shape[-1], x.shape[-1]), ctypes.c_float(eps), *sizes(centre))
     return out
 
 
@@ -51,14 +52,14 @@ def rope(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     Args:
         x: [H, D]. cosine, sine: [R / 2] of the token's position; R <= D channels turn, the others stay.
     """
-    _check(x=x, cosine=cosine, sine=sine)
+    check_float32(x=x, cosine=cosine, sine=sine)
     if x.ndim != 2 or cosine.ndim != 1 or cosine.shape != sine.shape or 2 * len(cosine) > x.shape[1]:
         raise ValueError(f"x is {tuple(x.shape)} and turns by {tuple(cosine.shape)} and {tuple(sine.shape)}; they must be [H, D] and twice [R / 2] with R <= D")
     library = native().library
     if library is None:
         return rope_reference(x, cosine, sine)
     out = x.clone()
-    library.fusebox_rope(*_pointers(out, cosine, sine), _n(x.shape[0]), _n(x.shape[1]), _n(2 * len(cosine)))
+    library.fusebox_rope(*pointers(out, cosine, sine), *sizes(x.shape[0], x.shape[1], 2 * len(cosine)))
     return out
 
 
@@ -73,14 +74,14 @@ def activate(x: Tensor, kind: str, gated: Tensor | None = None) -> Tensor:
     """activation(x), times `gated` where given; [n] each. `kind` is one of ACTIVATIONS."""
     if kind not in ACTIVATIONS:
         raise ValueError(f"the activation is {kind!r}; use one of {', '.join(ACTIVATIONS)}")
-    _check(x=x, gated=gated)
+    check_float32(x=x, gated=gated)
     _check_lengths(x.numel(), gated=gated)
     number, function = ACTIVATIONS[kind]
     library = native().library
     if library is None:
         return function(x) if gated is None else function(x) * gated
     out = torch.empty_like(x)
-    library.fusebox_activate(*_pointers(out, x, gated), _n(x.numel()), _n(number))
+    library.fusebox_activate(*pointers(out, x, gated), *sizes(x.numel(), number))
     return out
 
 
@@ -96,7 +97,7 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, scale: float, *, length: 
     Returns:
         [H, D_v].
     """
-    _check(q=q, keys=keys, values=values)
+    check_float32(q=q, keys=keys, values=values)
     count = keys.shape[0] if length is None else length
     heads = q.shape[0]
     fits = q.ndim == 2 and keys.ndim == values.ndim == 3 and keys.shape[2] == q.shape[1] and not heads % keys.shape[1] and not heads % values.shape[1]
@@ -107,8 +108,8 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, scale: float, *, length: 
     if library is None:
         return attention_reference(q, keys[first:count], values[first:count], scale)
     out = torch.empty(heads, values.shape[2])
-    sizes = (heads, keys.shape[1], values.shape[1], q.shape[1], values.shape[2], first, count)
-    library.fusebox_attention(*_pointers(out, q, keys, values), *map(_n, sizes), ctypes.c_float(scale))
+    shape = sizes(heads, keys.shape[1], values.shape[1], q.shape[1], values.shape[2], first, count)
+    library.fusebox_attention(*pointers(out, q, keys, values), *shape, ctypes.c_float(scale))
     return out
 
 
@@ -119,20 +120,6 @@ def attention_reference(q: Tensor, keys: Tensor, values: Tensor, scale: float) -
     v = values.double().repeat_interleave(heads // values.shape[1], 1)
     shares = (scale * torch.einsum("hd,shd->hs", q.double(), k)).softmax(-1)
     return torch.einsum("hs,shd->hd", shares, v).float()
-
-
-def _n(value: int) -> ctypes.c_int64:
-    return ctypes.c_int64(int(value))
-
-
-def _pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
-    return [ctypes.c_void_p(0 if t is None else t.data_ptr()) for t in tensors]
-
-
-def _check(**tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None and (tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.device.type != "cpu" or not tensor.numel()):
-            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; it must be float32, contiguous, not empty, on the CPU")
 
 
 def _check_lengths(length: int, **tensors: Tensor | None) -> None:

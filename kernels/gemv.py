@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
+from kernels.arguments import check_float32, pointers, sizes
 from kernels.build import native
 from kernels.packing import PackedWeight, unpack
 
@@ -47,23 +46,19 @@ def gemv(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, rows: Tens
         return result if out is None else out.copy_(result)
     y = torch.empty(weight.out_features) if out is None else out
     count = weight.in_features if rows is None else rows.numel()
-    arguments = [_pointer(t) for t in (y, x, weight.data, weight.scale, bias, rows)] + [ctypes.c_int64(n) for n in (count, weight.in_features, weight.out_features)]
-    if weight.kind == "int4":
-        arguments.append(ctypes.c_int64(weight.group_size))
-    getattr(library, _SYMBOLS[weight.kind])(*arguments)
+    group = (weight.group_size,) if weight.kind == "int4" else ()
+    shape = sizes(count, weight.in_features, weight.out_features, *group)
+    getattr(library, _SYMBOLS[weight.kind])(*pointers(y, x, weight.data, weight.scale, bias, rows), *shape)
     return y
-
-
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(0 if tensor is None else tensor.data_ptr())
 
 
 def _check(x: Tensor, weight: PackedWeight, bias: Tensor | None, rows: Tensor | None, out: Tensor | None) -> None:
     """C reads where it is told to; what does not fit is refused here."""
+    check_float32(x=x, bias=bias, out=out)
     wanted = {"x": (x, weight.in_features), "bias": (bias, weight.out_features), "out": (out, weight.out_features)}
     for name, (tensor, length) in wanted.items():
-        if tensor is not None and (tensor.shape != (length,) or tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.device.type != "cpu"):
-            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; it must be float32 ({length},), contiguous, on the CPU")
+        if tensor is not None and tensor.shape != (length,):
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; it must be ({length},)")
     if rows is not None:
         if rows.dtype != torch.int32 or rows.ndim != 1 or not rows.is_contiguous():
             raise ValueError(f"rows is {rows.dtype} {tuple(rows.shape)}; it must be int32, one-dimensional and contiguous")
