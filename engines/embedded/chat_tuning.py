@@ -18,8 +18,8 @@ from core.losses import IGNORE, linear_cross_entropy
 from core.progress import Progress, Stop, silent
 from core.training import TrainingPlan, TrainingReport, train
 from engines.embedded.backbone import SHARD_WEIGHTS, encode_documents, hidden_matrices, weighted_documents
-from engines.embedded.extracts import paragraphs
-from engines.embedded.instructions import Mix, conversations, extract_talk, garbled_questions, load_instructions
+from engines.embedded.extracts import paragraphs, scrambled
+from engines.embedded.instructions import Mix, conversations, extract_talk, garbled_questions, garbled_seconds, load_instructions
 from engines.embedded.short_attention import use_short_row_attention
 from engines.embedded.tokenizer import ASSISTANT, END, SYSTEM, USER
 from engines.embedded.windows import corpus_windows
@@ -41,7 +41,9 @@ class Stage:
 
     corpus_tokens: windows of plain text an epoch, half of them with a repeated passage; `first_corpus_tokens` in the first.
     corpus_extracts: paragraphs of the corpus to summarise by their own sentences, an epoch.
+    scrambled_extracts: the same with the paragraph's words in another order, which only copying can answer.
     garbled: questions a topic with words missing and strange ones in between; of their answers only the opening is learned.
+    garbled_seconds: the same for second questions, which do not name the topic.
     batch_tokens: padded tokens of one step. final_fraction: the rate at the end as a share of the peak; 1 keeps it.
     """
 
@@ -50,7 +52,9 @@ class Stage:
     corpus_tokens: int
     first_corpus_tokens: int
     corpus_extracts: int
+    scrambled_extracts: int = 0
     garbled: int = 0
+    garbled_seconds: int = 0
     batch_tokens: int = 8192
     learning_rate: float = 1e-3
     muon_learning_rate: float = 6e-3
@@ -87,14 +91,36 @@ PARAPHRASES = Stage(
     corpus_tokens=30_000, first_corpus_tokens=30_000, corpus_extracts=200, garbled=30, batch_tokens=6144,
     learning_rate=5e-4, muon_learning_rate=2e-3, schedule="linear",
 )
-"""Last: many garbled questions, so that it is the topic's name that decides; the rate falls to nothing."""
+"""Then: many garbled questions, so that it is the topic's name that decides."""
+
+SECOND_TURNS = Stage(
+    epochs=2,
+    mix=Mix(
+        forms=(("definition", 1), ("short", 1), ("explanation", 1), ("how", 1), ("why", 1), ("example", 1), ("comparison", 1)),
+        unknowns=1, follow_ups=2, readings=2, topic_extracts=200, recalls=150,
+    ),
+    corpus_tokens=40_000, first_corpus_tokens=40_000, corpus_extracts=500, scrambled_extracts=600, garbled=15, garbled_seconds=10,
+    batch_tokens=6144, learning_rate=6e-4, muon_learning_rate=3e-3, schedule="linear", final_fraction=0.8,
+)
+"""Then: garbled second questions, whose topic stands only in the talk so far, and scrambled texts, so that summaries copy."""
+
+LAST = Stage(
+    epochs=3,
+    mix=Mix(
+        forms=(("definition", 1), ("short", 1), ("explanation", 1), ("how", 1), ("why", 1), ("example", 1), ("comparison", 1)),
+        unknowns=1, follow_ups=2, readings=1, topic_extracts=150, recalls=120,
+    ),
+    corpus_tokens=40_000, first_corpus_tokens=40_000, corpus_extracts=400, scrambled_extracts=200, garbled=20, garbled_seconds=8,
+    batch_tokens=6144, learning_rate=5e-4, muon_learning_rate=2.4e-3, schedule="linear",
+)
+"""Last: everything at once; the rate falls to nothing."""
 
 
 @dataclass(frozen=True)
 class ChatPlan:
     """Budget of one tuning run."""
 
-    stages: tuple[Stage, ...] = (COPYING, TOPICS, ANSWERS, PARAPHRASES)
+    stages: tuple[Stage, ...] = (COPYING, TOPICS, ANSWERS, PARAPHRASES, SECOND_TURNS, LAST)
     length: int = 1024  # longer conversations are left out
     seed: int = 0
 
@@ -117,10 +143,11 @@ def encode_talk(talk: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def opening_only(row: Row) -> Row:
-    """A row cut after the first tokens of its answer."""
+    """A row cut after the first tokens of its last answer; nothing before them is learned."""
     ids, labels = row
-    end = next(place for place, label in enumerate(labels) if label != IGNORE) + OPENING_ROWS
-    return ids[:end], labels[:end]
+    start = max(i for i in range(1, len(labels)) if labels[i] != IGNORE and labels[i - 1] == IGNORE)
+    end = start + OPENING_ROWS
+    return ids[:end], [IGNORE] * start + labels[start:end]
 
 
 def batches(rows: Sequence[Row], tokens: int, pad: int, rng: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -181,8 +208,9 @@ class _Corpus:
 
     def extracts(self, stage: Stage, epoch: int, seed: int) -> list[list[Message]]:
         rng = np.random.default_rng((seed, epoch, 2))
-        count = min(stage.corpus_extracts, len(self.paragraphs))
-        return [extract_talk(self.paragraphs[i], rng) for i in rng.choice(len(self.paragraphs), count, replace=False)]
+        plain, mixed = stage.corpus_extracts, stage.scrambled_extracts
+        chosen = [self.paragraphs[i] for i in rng.permutation(len(self.paragraphs))[: plain + mixed]]
+        return [extract_talk(text, rng) for text in chosen[:plain]] + [extract_talk(scrambled(text, rng), rng) for text in chosen[plain:]]
 
 
 def _schedule(
@@ -195,7 +223,8 @@ def _schedule(
         progress(0.0, f"encoding epoch {epoch + 1}")
         talks = conversations(data, epoch, plan.seed, stage.mix) + (text.extracts(stage, epoch, plan.seed) if text else [])
         rows = [r for r in (encode_talk(t, tokenizer) for t in talks) if len(r[0]) <= plan.length]
-        rows += [opening_only(encode_talk(t, tokenizer)) for t in garbled_questions(data, epoch, plan.seed, stage.garbled)] if stage.garbled else []
+        strange = garbled_questions(data, epoch, plan.seed, stage.garbled) + garbled_seconds(data, epoch, plan.seed, stage.garbled_seconds)
+        rows += [opening_only(encode_talk(t, tokenizer)) for t in strange]
         rows += text.windows(stage, epoch, first, plan.seed) if text else []
         out += batches(rows, stage.batch_tokens, int(tokenizer.pad_token_id), np.random.default_rng((plan.seed, epoch, 3)))
     return out

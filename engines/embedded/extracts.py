@@ -6,85 +6,16 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from core.datasets import Document
 
 _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'])")
-_STOP = frozenset(
-    [
-        "a",
-        "an",
-        "and",
-        "are",
-        "as",
-        "at",
-        "be",
-        "been",
-        "but",
-        "by",
-        "can",
-        "do",
-        "does",
-        "for",
-        "from",
-        "had",
-        "has",
-        "have",
-        "how",
-        "if",
-        "in",
-        "into",
-        "is",
-        "it",
-        "its",
-        "may",
-        "more",
-        "most",
-        "no",
-        "not",
-        "of",
-        "on",
-        "one",
-        "or",
-        "other",
-        "our",
-        "out",
-        "over",
-        "so",
-        "some",
-        "such",
-        "than",
-        "that",
-        "the",
-        "their",
-        "them",
-        "then",
-        "there",
-        "these",
-        "they",
-        "this",
-        "those",
-        "through",
-        "to",
-        "two",
-        "under",
-        "up",
-        "was",
-        "we",
-        "were",
-        "what",
-        "when",
-        "where",
-        "which",
-        "while",
-        "who",
-        "why",
-        "will",
-        "with",
-        "would",
-        "you",
-        "your",
-    ]
-)
+_STOP = frozenset((
+    "a an and are as at be been but by can do does for from had has have how if in into is it its may more most no not of on one or "
+    "other our out over so some such than that the their them then there these they this those through to two under up was we were what "
+    "when where which while who why will with would you your "
+).split())
 
 
 def sentences(text: str) -> list[str]:
@@ -117,6 +48,18 @@ def extract(text: str, share: float = 0.48) -> str:
             chosen.append(place)
             used += length
     return " ".join(parts[i] for i in sorted(chosen))
+
+
+def scrambled(text: str, rng: np.random.Generator) -> str:
+    """The text's words in another order, in sentences as long as before: nothing but copying can continue it."""
+    lengths = [len(s.split()) for s in sentences(text)]
+    words = [w.rstrip(".!?") or w for w in text.split()]
+    words = [words[i] for i in rng.permutation(len(words))]
+    out = []
+    for length in lengths:
+        part, words = " ".join(words[:length]), words[length:]
+        out.append(part[:1].upper() + part[1:] + ".")
+    return " ".join(out)
 
 
 def paragraphs(documents: Sequence[Document], low: int = 80, high: int = 170) -> Iterator[str]:

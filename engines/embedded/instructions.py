@@ -57,7 +57,8 @@ class InstructionSet:
 
 def load_instructions(folder: Path = CORPUS) -> InstructionSet:
     """Read the instruction set."""
-    topics = [t for path in sorted((folder / "topics").glob("*.jsonl")) for t in read_jsonl(path)]
+    more = {r["id"]: r["questions"] for path in sorted((folder / "questions").glob("*.jsonl")) for r in read_jsonl(path)}
+    topics = [_with_questions(t, more.get(t["id"], {})) for path in sorted((folder / "topics").glob("*.jsonl")) for t in read_jsonl(path)]
     return InstructionSet(
         topics=topics,
         summaries=list(read_jsonl(folder / "summaries.jsonl")),
@@ -68,6 +69,12 @@ def load_instructions(folder: Path = CORPUS) -> InstructionSet:
         evaluation_unknown=[r["question"] for r in read_jsonl(folder / "eval" / "unknown.jsonl")],
         evaluation_follow_ups=list(read_jsonl(folder / "eval" / "follow_ups.jsonl")),
     )
+
+
+def _with_questions(topic: dict[str, Any], more: dict[str, list[str]]) -> dict[str, Any]:
+    """A topic with the questions of both files."""
+    forms = dict.fromkeys((*topic["questions"], *more))
+    return {**topic, "questions": {form: [*topic["questions"].get(form, []), *more.get(form, [])] for form in forms}}
 
 
 def answer_of(topic: dict[str, Any], form: str) -> str:
@@ -224,6 +231,30 @@ def garbled_questions(data: InstructionSet, epoch: int, seed: int, per_topic: in
         question = garbled(as_typed(str(rng.choice(data.unknown)), rng), (), data.unknown, rng)
         talks.append([_user(question), _assistant(str(rng.choice(data.declines)))])
     talks = [t for t in talks if normalised(t[0]["content"]) not in kept_apart]
+    return [talks[i] for i in rng.permutation(len(talks))]
+
+
+def garbled_seconds(data: InstructionSet, epoch: int, seed: int, per_topic: int) -> list[list[Message]]:
+    """Talks whose second question is garbled and never names the topic: `per_topic` a topic, shuffled."""
+    rng = np.random.default_rng((seed, epoch, 5))
+    kept_apart = evaluation_questions(data)
+    talks = []
+    for topic in data.topics:
+        for _ in range(per_topic):
+            first = str(rng.choice(["definition", "definition", "short", "explanation"]))
+            opening = phrase(first, topic, rng)
+            if rng.random() < 0.5:
+                opening = garbled(opening, [topic["mention"], topic["term"], *topic["aliases"]], data.unknown, rng)
+            if rng.random() < 0.3:
+                follow = topic["follow_ups"][int(rng.integers(len(topic["follow_ups"])))]
+                question, answer = follow["question"], follow["answer"]
+            else:
+                form = str(rng.choice([f for f in FOLLOW_UPS if f != first]))
+                question, answer = fill(str(rng.choice(FOLLOW_UPS[form])), topic), answer_of(topic, form)
+            if rng.random() < 0.7:
+                question = garbled(question, (), data.unknown, rng)
+            talks.append([_user(opening), _assistant(answer_of(topic, first)), _user(question), _assistant(answer)])
+    talks = [t for t in talks if not any(normalised(t[i]["content"]) in kept_apart for i in (0, 2))]
     return [talks[i] for i in rng.permutation(len(talks))]
 
 
