@@ -63,7 +63,7 @@ def library_key(compiler: str) -> str:
     """A name for what would come out of compiling: sources, flags, compiler and CPU."""
     digest = hashlib.sha256("\0".join((*FLAGS, _march(), compiler, cpu_name(), torch.backends.cpu.get_cpu_capability(), torch.__version__)).encode())
     digest.update(str(os.stat(compiler).st_mtime_ns).encode())
-    for path in sorted(SOURCE.glob("*.c")):
+    for path in sorted(SOURCE.glob("*.[ch]")):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:20]
 

@@ -1,6 +1,6 @@
-"""The small operations of a decode step, in C with torch beside it as the reference: norms, rotary positions, activations, attention.
+"""The small operations of a decode step, in C with torch beside it as the reference: norms, rotary positions, activations.
 
-All take and return float32 on the CPU. S cached tokens, H query heads, D channels of a head.
+All take and return float32 on the CPU. H heads, D channels of a head.
 """
 
 from __future__ import annotations
@@ -83,43 +83,6 @@ def activate(x: Tensor, kind: str, gated: Tensor | None = None) -> Tensor:
     out = torch.empty_like(x)
     library.fusebox_activate(*pointers(out, x, gated), *sizes(x.numel(), number))
     return out
-
-
-def attention(q: Tensor, keys: Tensor, values: Tensor, scale: float, *, length: int | None = None, window: int | None = None) -> Tensor:
-    """Attention of one token over cached ones.
-
-    Args:
-        q: [H, D].
-        keys: [S, key_heads, D], values: [S, value_heads, D_v], token-major; head counts divide H, and may differ.
-        length: tokens in the cache; all S when None.
-        window: only the last so many tokens are seen.
-
-    Returns:
-        [H, D_v].
-    """
-    check_float32(q=q, keys=keys, values=values)
-    count = keys.shape[0] if length is None else length
-    heads = q.shape[0]
-    fits = q.ndim == 2 and keys.ndim == values.ndim == 3 and keys.shape[2] == q.shape[1] and not heads % keys.shape[1] and not heads % values.shape[1]
-    if not fits or not 1 <= count <= min(keys.shape[0], values.shape[0]):
-        raise ValueError(f"q {tuple(q.shape)}, keys {tuple(keys.shape)} and values {tuple(values.shape)} do not fit over {count} tokens")
-    first = 0 if window is None else max(0, count - window)
-    library = native().library
-    if library is None:
-        return attention_reference(q, keys[first:count], values[first:count], scale)
-    out = torch.empty(heads, values.shape[2])
-    shape = sizes(heads, keys.shape[1], values.shape[1], q.shape[1], values.shape[2], first, count)
-    library.fusebox_attention(*pointers(out, q, keys, values), *shape, ctypes.c_float(scale))
-    return out
-
-
-def attention_reference(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """`attention` in torch, float64 inside, over all tokens given."""
-    heads = q.shape[0]
-    k = keys.double().repeat_interleave(heads // keys.shape[1], 1)
-    v = values.double().repeat_interleave(heads // values.shape[1], 1)
-    shares = (scale * torch.einsum("hd,shd->hs", q.double(), k)).softmax(-1)
-    return torch.einsum("hs,shd->hd", shares, v).float()
 
 
 def _check_lengths(length: int, **tensors: Tensor | None) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
 from kernels.arguments import check_float32, pointers, sizes
 from kernels.build import native
 from kernels.packing import PackedWeight, unpack
-
-_SYMBOLS = {"float32": "fusebox_gemv_f32", "bfloat16": "fusebox_gemv_bf16", "int8": "fusebox_gemv_i8", "int4": "fusebox_gemv_i4"}
-
 
 def gemv_reference(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
     """W x + bias in float64 over the unpacked weight, rounded to float32. Arguments as in `gemv`."""
@@ -46,9 +45,7 @@ def gemv(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, rows: Tens
         return result if out is None else out.copy_(result)
     y = torch.empty(weight.out_features) if out is None else out
     count = weight.in_features if rows is None else rows.numel()
-    group = (weight.group_size,) if weight.kind == "int4" else ()
-    shape = sizes(count, weight.in_features, weight.out_features, *group)
-    getattr(library, _SYMBOLS[weight.kind])(*pointers(y, x, weight.data, weight.scale, bias, rows), *shape)
+    library.fusebox_gemv(ctypes.byref(weight.matrix(bias)), *pointers(y, x, rows), *sizes(count))
     return y
 
 

@@ -7,11 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.structures import KIND_NUMBERS, Matrix, address
+
 TILE = 128
-"""Outputs of one tile; the same number as in source/gemv.c."""
+"""Outputs of one tile; the same number as in source/fusebox.h."""
 
 KINDS = ("float32", "bfloat16", "int8", "int4")
 _MIDDLE = 8
+_NIBBLES = 8
+_SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+"""Scales tried for an int4 group, as shares of its largest magnitude / 7: clipping one weight can round all others better."""
 
 
 @dataclass(frozen=True)
@@ -19,8 +24,9 @@ class PackedWeight:
     """A weight matrix [out_features, in_features] for `kernels.gemv`.
 
     kind: one of KINDS.
-    data: [tiles, in_features, TILE] float32, bfloat16 or int8; [tiles, in_features, TILE / 2] uint8 for int4.
-    scale: float32; [tiles * TILE] for int8, [tiles, groups, TILE] for int4, None for floats.
+    data: [tiles, in_features, TILE] float32, bfloat16 or int8; [tiles, in_features, TILE / 8] int32 for int4: output j of a tile is
+        nibble j / 16 of word j % 16.
+    scale: [tiles * TILE] float32 for int8, [tiles, groups, TILE] bfloat16 for int4, None for floats.
     group_size: input channels that share a scale in int4, 0 otherwise.
     """
 
@@ -35,6 +41,10 @@ class PackedWeight:
     def nbytes(self) -> int:
         """Bytes of data and scales."""
         return self.data.nbytes + (self.scale.nbytes if self.scale is not None else 0)
+
+    def matrix(self, bias: Tensor | None = None) -> Matrix:
+        """For the C library; it points into these tensors and into `bias` [out_features] float32, which must outlive it."""
+        return Matrix(KIND_NUMBERS[self.kind], self.in_features, self.out_features, self.group_size, address(self.data), address(self.scale), address(bias))
 
 
 def _tiles(weight: Tensor) -> Tensor:
@@ -54,17 +64,23 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Symmetric int4 per output channel and group of input channels.
+    """Symmetric int4 per output channel and group of input channels; of a few scales the one with the least squared error.
 
     Returns:
-        codes [out, in] int8 in [-7, 7] and scales [out, groups] float32; the last group may be short.
+        codes [out, in] int8 in [-8, 7] and scales [out, groups] bfloat16; the last group may be short.
     """
     out, inside = weight.shape
     groups = -(-inside // group_size)
     padded = torch.nn.functional.pad(weight.float(), (0, groups * group_size - inside)).reshape(out, groups, group_size)
-    scale = (padded.abs().amax(-1) / 7).clamp(min=torch.finfo(torch.float32).tiny)
-    codes = (padded / scale[..., None]).round().clamp(-7, 7).to(torch.int8)
-    return codes.reshape(out, -1)[:, :inside].contiguous(), scale
+    largest = padded.abs().amax(-1, keepdim=True)
+    best, scale, codes = torch.full_like(largest, torch.inf), torch.ones_like(largest), torch.zeros_like(padded)
+    for shrink in _SHRINK:
+        tried = (largest * (shrink / 7)).bfloat16().float().clamp(min=torch.finfo(torch.bfloat16).tiny)
+        rounded = (padded / tried).round().clamp(-8, 7)
+        error = (rounded * tried - padded).square().sum(-1, keepdim=True)
+        better = error < best
+        best, scale, codes = torch.where(better, error, best), torch.where(better, tried, scale), torch.where(better, rounded, codes)
+    return codes.to(torch.int8).reshape(out, -1)[:, :inside].contiguous(), scale[..., 0].bfloat16()
 
 
 def pack(weight: Tensor, kind: str, group_size: int = 64) -> PackedWeight:
@@ -87,20 +103,22 @@ def pack(weight: Tensor, kind: str, group_size: int = 64) -> PackedWeight:
     if kind != "int4" or group_size < 1:
         raise ValueError(f"kind is {kind!r} with groups of {group_size}; use one of {', '.join(KINDS)} and groups of 1 or more")
     codes, scale = quantize_int4(weight.detach(), group_size)
-    nibbles = (_tiles(codes) + _MIDDLE).to(torch.uint8)
-    data = nibbles[..., : TILE // 2] | nibbles[..., TILE // 2 :] << 4
-    return PackedWeight(kind, out, inside, data.contiguous(), _tiles(scale), group_size)
+    nibbles = (_tiles(codes) + _MIDDLE).int().reshape(-1, inside, _NIBBLES, TILE // _NIBBLES)
+    data = nibbles[:, :, 0].clone()
+    for place in range(1, _NIBBLES):
+        data |= nibbles[:, :, place] << 4 * place
+    return PackedWeight(kind, out, inside, data, _tiles(scale), group_size)
 
 
 def unpack(packed: PackedWeight) -> Tensor:
     """The weight [out_features, in_features] float32 that the kernel computes with: the reference of every packed form."""
     data = packed.data
     if packed.kind == "int4":
-        data = torch.cat([data & 15, data >> 4], -1).to(torch.int8) - _MIDDLE
+        data = torch.cat([data >> 4 * place & 15 for place in range(_NIBBLES)], -1) - _MIDDLE
     wide = data.float()
     if packed.kind == "int4":
         assert packed.scale is not None
-        wide = wide * packed.scale.repeat_interleave(packed.group_size, 1)[:, : packed.in_features]
+        wide = wide * packed.scale.float().repeat_interleave(packed.group_size, 1)[:, : packed.in_features]
     flat = wide.transpose(1, 2).reshape(-1, packed.in_features)[: packed.out_features]
     if packed.kind == "int8":
         assert packed.scale is not None

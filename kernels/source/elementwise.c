@@ -1,20 +1,35 @@
-/* Norms, rotary positions, activations and one-token attention on float32 vectors: the small operations between products. */
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+/* Norms, rotary positions and activations on float32 vectors: the small operations between products. */
+#include "fusebox.h"
+#include "vector.h"
+
+static float total_of(const float *x, int64_t n) {
+    f32x16 sum = {0};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) sum += load_f32(x + i);
+    float total = sum_of(sum);
+    for (; i < n; i++) total += x[i];
+    return total;
+}
+
+static float squares_of(const float *x, int64_t n, float mean) {
+    f32x16 sum = {0};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        f32x16 v = load_f32(x + i) - mean;
+        sum += v * v;
+    }
+    float total = sum_of(sum);
+    for (; i < n; i++) total += (x[i] - mean) * (x[i] - mean);
+    return total;
+}
 
 /* RMSNorm or LayerNorm of `segments` pieces of n; gain and shift [n] may be NULL. out may be x. */
 void fusebox_norm(float *out, const float *x, const float *gain, const float *shift, int64_t segments, int64_t n, float eps, int64_t centre) {
     for (int64_t s = 0; s < segments; s++, x += n, out += n) {
-        float sum = 0.0f, squares = 0.0f;
-        if (centre) {
-            for (int64_t i = 0; i < n; i++) sum += x[i];
-            sum /= (float)n;
-        }
-        for (int64_t i = 0; i < n; i++) squares += (x[i] - sum) * (x[i] - sum);
-        float scale = 1.0f / sqrtf(squares / (float)n + eps);
+        float mean = centre ? total_of(x, n) / (float)n : 0.0f;
+        float scale = 1.0f / sqrtf(squares_of(x, n, mean) / (float)n + eps);
         for (int64_t i = 0; i < n; i++) {
-            float v = (x[i] - sum) * scale;
+            float v = (x[i] - mean) * scale;
             if (gain) v *= gain[i];
             out[i] = shift ? v + shift[i] : v;
         }
@@ -35,62 +50,38 @@ void fusebox_rope(float *x, const float *cosine, const float *sine, int64_t head
 
 enum { SILU, RELU, GELU, GELU_TANH };
 
-static inline float activated(float v, int64_t kind) {
+INLINE f32x16 tanh_f32(f32x16 x) { /* 1 - 2 / (e^2x + 1); tiny x loses nothing that float keeps after the sum with 1 */
+    return 1.0f - 2.0f / (exp_f32(2.0f * x) + 1.0f);
+}
+
+INLINE f32x16 erf_f32(f32x16 x) { /* Abramowitz and Stegun 7.1.26: 1.5e-7 absolute */
+    f32x16 a = as_f32(as_u32(x) & 0x7fffffffu), t = 1.0f / (1.0f + 0.3275911f * a);
+    f32x16 p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
+    f32x16 y = 1.0f - p * exp_f32(-a * a);
+    return as_f32(as_u32(y) | (as_u32(x) & 0x80000000u));
+}
+
+INLINE f32x16 activated(f32x16 v, int64_t kind) {
     switch (kind) {
-    case SILU: return v / (1.0f + expf(-v));
-    case RELU: return v > 0.0f ? v : 0.0f;
-    case GELU: return 0.5f * v * (1.0f + erff(v * 0.70710678118654752f));
-    default: return 0.5f * v * (1.0f + tanhf(0.79788456080286536f * (v + 0.044715f * v * v * v)));
+    case SILU: return v / (1.0f + exp_f32(-v));
+    case RELU: return choose(v <= splat(0.0f), splat(0.0f), v); /* NaN stays NaN */
+    case GELU: return 0.5f * v * (1.0f + erf_f32(v * 0.70710678118654752f));
+    default: return 0.5f * v * (1.0f + tanh_f32(0.79788456080286536f * (v + 0.044715f * v * v * v)));
     }
 }
 
 /* out = activation(x), times `gated` where that is not NULL. */
 void fusebox_activate(float *out, const float *x, const float *gated, int64_t n, int64_t kind) {
-    if (gated) for (int64_t i = 0; i < n; i++) out[i] = activated(x[i], kind) * gated[i];
-    else for (int64_t i = 0; i < n; i++) out[i] = activated(x[i], kind);
-}
-
-#define LANES 16
-typedef float f32x16 __attribute__((vector_size(64)));
-
-static inline float dot(const float *a, const float *b, int64_t n) {
-    f32x16 sum = {0};
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        f32x16 u, v;
-        memcpy(&u, a + i, sizeof u);
-        memcpy(&v, b + i, sizeof v);
-        sum += u * v;
-    }
-    float total = 0.0f;
-    for (int k = 0; k < LANES; k++) total += sum[k];
-    for (; i < n; i++) total += a[i] * b[i];
-    return total;
-}
-
-/* Attention of one token over `length` cached ones, softmax in one pass over tokens (running maximum).
- * q [heads, dim], out [heads, dim_v]; keys [length, key_heads, dim], values [length, value_heads, dim_v], token-major.
- * Query head h reads key head h * key_heads / heads and value head h * value_heads / heads. `first` is the earliest token seen. */
-void fusebox_attention(float *restrict out, const float *restrict q, const float *restrict keys, const float *restrict values, int64_t heads,
-                       int64_t key_heads, int64_t value_heads, int64_t dim, int64_t dim_v, int64_t first, int64_t length, float scale) {
-    _Pragma("omp parallel for schedule(static)")
-    for (int64_t h = 0; h < heads; h++) {
-        const float *query = q + h * dim, *key = keys + (h * key_heads / heads) * dim, *value = values + (h * value_heads / heads) * dim_v;
-        float *o = out + h * dim_v, best = -INFINITY, total = 0.0f;
-        for (int64_t j = 0; j < dim_v; j++) o[j] = 0.0f;
-        for (int64_t t = first; t < length; t++) {
-            float score = scale * dot(query, key + t * key_heads * dim, dim);
-            if (score > best) {
-                float shrink = expf(best - score);
-                total *= shrink;
-                for (int64_t j = 0; j < dim_v; j++) o[j] *= shrink;
-                best = score;
-            }
-            float share = expf(score - best);
-            const float *v = value + t * value_heads * dim_v;
-            total += share;
-            for (int64_t j = 0; j < dim_v; j++) o[j] += share * v[j];
+    for (int64_t i = 0; i < n; i += LANES) {
+        float in[LANES] = {0}, factor[LANES] = {0}, result[LANES];
+        int64_t width = n - i < LANES ? n - i : LANES;
+        memcpy(in, x + i, (size_t)width * sizeof *in);
+        f32x16 v = activated(load_f32(in), kind);
+        if (gated) {
+            memcpy(factor, gated + i, (size_t)width * sizeof *factor);
+            v *= load_f32(factor);
         }
-        for (int64_t j = 0; j < dim_v; j++) o[j] /= total;
+        store_f32(result, v);
+        memcpy(out + i, result, (size_t)width * sizeof *out);
     }
 }

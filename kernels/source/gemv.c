@@ -1,124 +1,133 @@
-/* y = W x for one vector x, W packed tile by tile.
+/* y = W x for one to four vectors x, W packed tile by tile.
  *
- * Layout of packed weights: [tiles][in][TILE], TILE outputs side by side, so that one input channel's weights of a tile
- * are one contiguous piece. The outputs of a tile stay in registers while the rows go by; threads share out tiles, and
- * nothing is summed across threads. `rows` lists the input channels to read, ascending; NULL reads them all.
+ * One input channel's weights of a tile are one contiguous piece. The outputs of a block stay in registers while the rows go
+ * by; threads share out blocks, and nothing is summed across threads.
  */
-#include <stdint.h>
-#include <string.h>
+#include "fusebox.h"
+#include "vector.h"
 
-#define TILE 128
-#define LANES 16
-#define VECTORS (TILE / LANES)
 #define AHEAD 12 /* rows between a prefetch and its use */
+#define MOST (TILE / LANES)
 
-typedef float f32x16 __attribute__((vector_size(64)));
-typedef int32_t i32x16 __attribute__((vector_size(64)));
-typedef uint32_t u32x16 __attribute__((vector_size(64)));
-typedef int8_t i8x16 __attribute__((vector_size(16)));
-typedef uint8_t u8x16 __attribute__((vector_size(16)));
-typedef uint16_t u16x16 __attribute__((vector_size(32)));
-
-static inline f32x16 load_f32(const float *p) { f32x16 v; memcpy(&v, p, sizeof v); return v; }
-static inline void store_f32(float *p, f32x16 v) { memcpy(p, &v, sizeof v); }
-
-static inline f32x16 load_bf16(const uint16_t *p) {
-    u16x16 half;
-    memcpy(&half, p, sizeof half);
-    u32x16 wide = __builtin_convertvector(half, u32x16) << 16;
-    f32x16 v;
-    memcpy(&v, &wide, sizeof v);
-    return v;
-}
-
-static inline f32x16 load_i8(const int8_t *p) {
-    i8x16 q;
-    memcpy(&q, p, sizeof q);
-    return __builtin_convertvector(__builtin_convertvector(q, i32x16), f32x16);
-}
-
-static inline void add_to(float *y, const f32x16 *sum, const float *bias, int count) {
+INLINE void finish(float *y, const f32x16 *sum, const float *scale, const float *bias, int count, float alpha, int64_t add) {
     float out[TILE];
-    for (int v = 0; v < VECTORS; v++) store_f32(out + v * LANES, sum[v]);
-    for (int j = 0; j < count; j++) y[j] = out[j] + (bias ? bias[j] : 0.0f);
+    for (int v = 0; v * LANES < count; v++) store_f32(out + v * LANES, sum[v]);
+    for (int j = 0; j < count; j++) {
+        float value = alpha * (out[j] * (scale ? scale[j] : 1.0f) + (bias ? bias[j] : 0.0f));
+        y[j] = add ? y[j] + value : value;
+    }
 }
 
-static inline void scale_by(f32x16 *sum, const float *scale, int count) {
-    float padded[TILE] = {0};
-    memcpy(padded, scale, (size_t)count * sizeof *scale);
-    for (int v = 0; v < VECTORS; v++) sum[v] *= load_f32(padded + v * LANES);
+INLINE void fetch(const char *next, size_t bytes) {
+    for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(next + line);
 }
 
-static inline int width_of(int64_t tile, int64_t out) {
-    int64_t left = out - tile * TILE;
-    return left < TILE ? (int)left : TILE;
-}
-
-#define ROW(r) (rows ? (int64_t)rows[r] : (int64_t)(r))
-
-/* One function a dtype: the same loop, another load. */
-#define DEFINE_GEMV(NAME, TYPE, LOAD, SCALED)                                                                            \
-    void NAME(float *restrict y, const float *restrict x, const TYPE *restrict weight, const float *restrict scale,      \
-              const float *restrict bias, const int32_t *restrict rows, int64_t count, int64_t in, int64_t out) {        \
-        int64_t tiles = (out + TILE - 1) / TILE;                                                                         \
-        _Pragma("omp parallel for schedule(static)")                                                                     \
-        for (int64_t tile = 0; tile < tiles; tile++) {                                                                   \
-            const TYPE *base = weight + tile * in * TILE;                                                                \
-            f32x16 sum[VECTORS] = {0};                                                                                   \
-            for (int64_t r = 0; r < count; r++) {                                                                        \
-                int64_t row = ROW(r);                                                                                    \
-                if (rows && r + AHEAD < count) {                                                                         \
-                    const char *next = (const char *)(base + (int64_t)rows[r + AHEAD] * TILE);                           \
-                    for (size_t line = 0; line < TILE * sizeof(TYPE); line += 64) __builtin_prefetch(next + line);       \
-                }                                                                                                        \
-                const TYPE *w = base + row * TILE;                                                                       \
-                f32x16 value = (f32x16){0} + x[row];                                                                     \
-                for (int v = 0; v < VECTORS; v++) sum[v] += value * LOAD(w + v * LANES);                                 \
-            }                                                                                                            \
-            int width = width_of(tile, out);                                                                             \
-            if (SCALED) scale_by(sum, scale + tile * TILE, width);                                                       \
-            add_to(y + tile * TILE, sum, bias ? bias + tile * TILE : 0, width);                                          \
-        }                                                                                                                \
+/* One function a dtype: the same loop, another load. `vectors` and `tokens` are constants at every call. */
+#define DEFINE_SUMS(NAME, TYPE, LOAD)                                                                                     \
+    INLINE void NAME(f32x16 *restrict sum, const float *restrict x, int64_t x_stride, const TYPE *restrict base,          \
+                     const int32_t *restrict rows, int64_t count, const int vectors, const int tokens) {                  \
+        f32x16 s[MOST_TOKENS * MOST] = {0};                                                                               \
+        for (int64_t r = 0; r < count; r++) {                                                                             \
+            int64_t row = rows ? (int64_t)rows[r] : r;                                                                    \
+            if (rows && r + AHEAD < count) fetch((const char *)(base + (int64_t)rows[r + AHEAD] * TILE), vectors * LANES * sizeof(TYPE)); \
+            const TYPE *w = base + row * TILE;                                                                            \
+            _Pragma("GCC unroll 8")                                                                                       \
+            for (int v = 0; v < vectors; v++) {                                                                           \
+                f32x16 value = LOAD(w + v * LANES);                                                                       \
+                _Pragma("GCC unroll 4")                                                                                   \
+                for (int t = 0; t < tokens; t++) s[t * vectors + v] += value * x[t * x_stride + row];                     \
+            }                                                                                                             \
+        }                                                                                                                 \
+        for (int i = 0; i < tokens * vectors; i++) sum[i] = s[i];                                                         \
     }
 
-DEFINE_GEMV(fusebox_gemv_f32, float, load_f32, 0)
-DEFINE_GEMV(fusebox_gemv_bf16, uint16_t, load_bf16, 0)
-DEFINE_GEMV(fusebox_gemv_i8, int8_t, load_i8, 1)
+DEFINE_SUMS(sums_f32, float, load_f32)
+DEFINE_SUMS(sums_bf16, uint16_t, load_bf16)
+DEFINE_SUMS(sums_i8, int8_t, load_i8)
 
-/* int4, symmetric around 8: packed [tiles][in][TILE / 2]; the low nibble of byte j is output j, the high one output
- * j + TILE / 2. Scales [tiles][groups][TILE], one for `group` input channels of an output. */
-void fusebox_gemv_i4(float *restrict y, const float *restrict x, const uint8_t *restrict weight, const float *restrict scale,
-                     const float *restrict bias, const int32_t *restrict rows, int64_t count, int64_t in, int64_t out, int64_t group) {
-    int64_t tiles = (out + TILE - 1) / TILE, groups = (in + group - 1) / group;
-    _Pragma("omp parallel for schedule(static)")
-    for (int64_t tile = 0; tile < tiles; tile++) {
-        const uint8_t *base = weight + tile * in * (TILE / 2);
-        const float *scales = scale + tile * groups * TILE;
-        f32x16 sum[VECTORS] = {0};
-        int64_t r = 0;
-        while (r < count) {
-            int64_t at = ROW(r) / group;
-            int64_t end = (at + 1) * group;
-            f32x16 part[VECTORS] = {0};
-            float total = 0.0f;
-            for (; r < count && ROW(r) < end; r++) {
-                int64_t row = ROW(r);
-                if (rows && r + AHEAD < count) __builtin_prefetch(base + (int64_t)rows[r + AHEAD] * (TILE / 2));
-                const uint8_t *w = base + row * (TILE / 2);
-                f32x16 value = (f32x16){0} + x[row];
-                total += x[row];
-                for (int v = 0; v < VECTORS / 2; v++) {
-                    u8x16 q;
-                    memcpy(&q, w + v * LANES, sizeof q);
-                    part[v] += value * __builtin_convertvector(__builtin_convertvector(q & 15, i32x16), f32x16);
-                    part[v + VECTORS / 2] += value * __builtin_convertvector(__builtin_convertvector(q >> 4, i32x16), f32x16);
-                }
+/* The four-bit codes of 16 outputs as numbers: nibble `v` of each 32-bit word, minus 8. */
+INLINE f32x16 unpacked(u32x16 words, int v) {
+#ifdef __AVX512F__
+    const __m512 table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    return (f32x16)_mm512_permutexvar_ps((__m512i)(words >> (4 * v)), table); /* reads the low four bits only */
+#else
+    return __builtin_convertvector((i32x16)((words >> (4 * v)) & 15u), f32x16) - 8.0f;
+#endif
+}
+
+/* int4: [tiles][in][TILE / 8] words of 32 bits; output j is nibble j / 16 of word j % 16. */
+INLINE void sums_i4(f32x16 *restrict sum, const float *restrict x, int64_t x_stride, const uint32_t *restrict base, const uint16_t *restrict scales,
+                    int64_t group, int half, const int32_t *restrict rows, int64_t count, const int vectors, const int tokens) {
+    f32x16 s[MOST_TOKENS * MOST] = {0};
+    int64_t r = 0;
+    while (r < count) {
+        int64_t at = (rows ? (int64_t)rows[r] : r) / group, end = (at + 1) * group;
+        f32x16 part[MOST_TOKENS * MOST] = {0};
+        for (; r < count; r++) {
+            int64_t row = rows ? (int64_t)rows[r] : r;
+            if (row >= end) break;
+            if (rows && r + AHEAD < count) __builtin_prefetch(base + (int64_t)rows[r + AHEAD] * LANES);
+            u32x16 words;
+            memcpy(&words, base + row * LANES, sizeof words);
+            if (vectors < MOST && half) words >>= 16;
+            _Pragma("GCC unroll 8")
+            for (int v = 0; v < vectors; v++) {
+                f32x16 value = unpacked(words, v);
+                _Pragma("GCC unroll 4")
+                for (int t = 0; t < tokens; t++) part[t * vectors + v] += value * x[t * x_stride + row];
             }
-            f32x16 middle = (f32x16){0} + 8.0f * total;
-            for (int v = 0; v < VECTORS; v++) sum[v] += (part[v] - middle) * load_f32(scales + at * TILE + v * LANES);
         }
-        add_to(y + tile * TILE, sum, bias ? bias + tile * TILE : 0, width_of(tile, out));
+        for (int v = 0; v < vectors; v++) {
+            f32x16 scale = load_bf16(scales + at * TILE + (half * MOST / 2 + v) * LANES);
+            for (int t = 0; t < tokens; t++) s[t * vectors + v] += part[t * vectors + v] * scale;
+        }
     }
+    for (int i = 0; i < tokens * vectors; i++) sum[i] = s[i];
+}
+
+/* `vectors` * 16 outputs from output `half` * BLOCK of a tile, for `tokens` tokens. */
+INLINE void outputs(const struct matrix *w, float *y, int64_t y_stride, const float *x, int64_t x_stride, const int32_t *rows, int64_t count,
+                    int64_t tile, int half, float alpha, int64_t add, const int vectors, const int tokens) {
+    f32x16 sum[MOST_TOKENS * MOST];
+    int64_t start = tile * TILE + half * BLOCK, at = tile * w->in * TILE + half * BLOCK;
+    switch (w->kind) {
+    case FLOAT32: sums_f32(sum, x, x_stride, (const float *)w->data + at, rows, count, vectors, tokens); break;
+    case BFLOAT16: sums_bf16(sum, x, x_stride, (const uint16_t *)w->data + at, rows, count, vectors, tokens); break;
+    case INT8: sums_i8(sum, x, x_stride, (const int8_t *)w->data + at, rows, count, vectors, tokens); break;
+    default: {
+        int64_t groups = (w->in + w->group - 1) / w->group;
+        sums_i4(sum, x, x_stride, (const uint32_t *)w->data + tile * w->in * LANES, (const uint16_t *)w->scale + tile * groups * TILE, w->group, half, rows, count, vectors, tokens);
+    }
+    }
+    int width = vectors * LANES < w->out - start ? vectors * LANES : (int)(w->out - start);
+    const float *scale = w->kind == INT8 ? (const float *)w->scale + start : 0, *bias = w->bias ? w->bias + start : 0;
+    for (int t = 0; t < tokens; t++) finish(y + t * y_stride + start, sum + t * vectors, scale, bias, width, alpha, add);
+}
+
+void fusebox_gemv_blocks(const struct matrix *w, float *y, int64_t y_stride, const float *x, int64_t x_stride, const int32_t *rows, int64_t count,
+                         int64_t tokens, int64_t first, int64_t last, float alpha, int64_t add) {
+    for (int64_t block = first; block < last;) {
+        int64_t tile = block / 2;
+        int half = (int)(block % 2), whole = !half && block + 1 < last;
+        if (tokens == 1 && whole) outputs(w, y, y_stride, x, x_stride, rows, count, tile, half, alpha, add, MOST, 1);
+        else if (tokens == 1) outputs(w, y, y_stride, x, x_stride, rows, count, tile, half, alpha, add, MOST / 2, 1);
+        else if (tokens == 2 && whole) outputs(w, y, y_stride, x, x_stride, rows, count, tile, half, alpha, add, MOST, 2);
+        else if (tokens == 2) outputs(w, y, y_stride, x, x_stride, rows, count, tile, half, alpha, add, MOST / 2, 2);
+        else {
+            whole = 0;
+            if (tokens == 3) outputs(w, y, y_stride, x, x_stride, rows, count, tile, half, alpha, add, MOST / 2, 3);
+            else outputs(w, y, y_stride, x, x_stride, rows, count, tile, half, alpha, add, MOST / 2, 4);
+        }
+        block += 1 + whole;
+    }
+}
+
+/* One product on its own, shared out over torch's threads. */
+void fusebox_gemv(const struct matrix *w, float *y, const float *x, const int32_t *rows, int64_t count) {
+    int64_t blocks = (w->out + BLOCK - 1) / BLOCK, pairs = (blocks + 1) / 2;
+    _Pragma("omp parallel for schedule(static)")
+    for (int64_t pair = 0; pair < pairs; pair++)
+        fusebox_gemv_blocks(w, y, 0, x, 0, rows, count, 1, 2 * pair, 2 * pair + 2 < blocks ? 2 * pair + 2 : blocks, 1.0f, 0);
 }
 
 int64_t fusebox_tile(void) { return TILE; }

@@ -3,19 +3,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#define GEMV(T) float *, const float *, const T *, const float *, const float *, const int32_t *, int64_t, int64_t, int64_t
-void fusebox_gemv_f32(GEMV(float));
-void fusebox_gemv_bf16(GEMV(uint16_t));
-void fusebox_gemv_i8(GEMV(int8_t));
-void fusebox_gemv_i4(GEMV(uint8_t), int64_t);
-int64_t fusebox_largest(int32_t *, const float *, int64_t, int64_t);
-int64_t fusebox_above(int32_t *, const float *, int64_t, float);
-int64_t fusebox_nonzero(int32_t *, const float *, int64_t);
+#include "fusebox.h"
+
 int64_t fusebox_tile(void);
-void fusebox_norm(float *, const float *, const float *, const float *, int64_t, int64_t, float, int64_t);
-void fusebox_rope(float *, const float *, const float *, int64_t, int64_t, int64_t);
-void fusebox_activate(float *, const float *, const float *, int64_t, int64_t);
-void fusebox_attention(float *, const float *, const float *, const float *, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float);
+void fusebox_gemv(const struct matrix *, float *, const float *, const int32_t *, int64_t);
+void fusebox_attention(float *, const float *, const struct cached *, int64_t, int64_t, int64_t, float, float *);
 
 static void *filled(size_t bytes) {
     unsigned char *p = malloc(bytes ? bytes : 1);
@@ -35,7 +27,7 @@ int main(void) {
         for (size_t b = 0; b < sizeof outs / sizeof *outs; b++) {
             int64_t in = ins[a], out = outs[b], tiles = (out + tile - 1) / tile, group = 32, groups = (in + group - 1) / group;
             size_t cells = (size_t)(tiles * in * tile);
-            float *x = floats(in), *y = floats(out), *bias = floats(out), *scale8 = floats(tiles * tile), *scale4 = floats(tiles * groups * tile), *wf = floats((int64_t)cells);
+            float *x = floats(in), *y = floats(out), *many_x = floats(MOST_TOKENS * in), *many_y = floats(MOST_TOKENS * out), *bias = floats(out), *scale8 = floats(tiles * tile), *scale4 = floats(tiles * groups * tile), *wf = floats((int64_t)cells);
             void *bytes = filled(cells * 2);
             int32_t *rows = malloc((size_t)in * sizeof *rows);
             int64_t counts[4];
@@ -43,20 +35,29 @@ int main(void) {
             counts[1] = fusebox_above(rows, x, in, 1.0f);
             counts[2] = fusebox_nonzero(rows, x, in);
             counts[3] = fusebox_largest(rows, x, in, (in + 1) / 2);
-            for (int sparse = 0; sparse < 2; sparse++) {
-                const int32_t *chosen = sparse ? rows : 0;
-                int64_t count = sparse ? counts[3] : in;
-                fusebox_gemv_f32(y, x, wf, 0, bias, chosen, count, in, out);
-                fusebox_gemv_bf16(y, x, bytes, 0, 0, chosen, count, in, out);
-                fusebox_gemv_i8(y, x, bytes, scale8, bias, chosen, count, in, out);
-                fusebox_gemv_i4(y, x, bytes, scale4, bias, chosen, count, in, out, group);
-            }
-            free(x); free(y); free(bias); free(scale8); free(scale4); free(wf); free(bytes); free(rows);
+            for (int64_t kind = FLOAT32; kind <= INT4; kind++)
+                for (int sparse = 0; sparse < 2; sparse++) {
+                    const void *data = kind == FLOAT32 ? (void *)wf : bytes, *scale = kind == INT8 ? scale8 : scale4;
+                    struct matrix w = {kind, in, out, group, data, scale, sparse ? bias : 0};
+                    const int32_t *chosen = sparse ? rows : 0;
+                    int64_t count = sparse ? counts[3] : in, blocks = (out + BLOCK - 1) / BLOCK;
+                    fusebox_gemv(&w, y, x, chosen, count);
+                    for (int64_t tokens = 1; tokens <= MOST_TOKENS; tokens++)
+                        fusebox_gemv_blocks(&w, many_y, out, many_x, in, chosen, count, tokens, blocks / 3, blocks, 0.5f, sparse);
+                }
+            free(many_x); free(many_y); free(x); free(y); free(bias); free(scale8); free(scale4); free(wf); free(bytes); free(rows);
         }
     for (int64_t dim = 1; dim < 70; dim += 17)
         for (int64_t tokens = 1; tokens < 40; tokens += 19) {
             float *q = floats(4 * dim), *out = floats(4 * (dim + 3)), *keys = floats(tokens * 2 * dim), *values = floats(tokens * 4 * (dim + 3)), *gain = floats(dim);
-            fusebox_attention(out, q, keys, values, 4, 2, 4, dim, dim + 3, tokens / 3, tokens, 0.25f);
+            float *scores = floats(4 * tokens), *scales = floats(4 * tokens);
+            for (int64_t kind = FLOAT32; kind <= INT8; kind++) {
+                struct cached kv = {kind, 2, 4, dim, dim + 3, keys, values, scales, scales};
+                for (int64_t head = 0; head < 2; head++) fusebox_append(&kv, 0, tokens - 1, head, q);
+                for (int64_t head = 0; head < 4; head++) fusebox_append(&kv, 1, tokens - 1, head, values);
+                fusebox_attention(out, q, &kv, 4, tokens / 3, tokens, 0.25f, scores);
+            }
+            free(scores); free(scales);
             fusebox_norm(q, q, gain, gain, 4, dim, 1e-5f, tokens % 2);
             fusebox_rope(q, gain, gain, 4, dim, dim / 2 * 2);
             for (int64_t kind = 0; kind < 4; kind++) fusebox_activate(q, q, kind % 2 ? keys : 0, 2 * dim, kind);

@@ -113,7 +113,7 @@ def test_sources_have_no_findings_under_address_and_undefined_sanitizers(apart: 
     sources = [str(p) for p in sorted(build.SOURCE.glob("*.c"))]
     driver = str(Path(__file__).parent / "driver.c")
     flags = ["-O1", "-g", "-march=native", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-std=gnu11", "-Wno-psabi"]
-    made = subprocess.run([compiler, *flags, "-o", str(binary), driver, *sources, "-lm"], capture_output=True, text=True, check=False)
+    made = subprocess.run([compiler, *flags, "-o", str(binary), driver, *sources, "-lm", f"-I{build.SOURCE}"], capture_output=True, text=True, check=False)
     if made.returncode and "asan" in made.stderr + made.stdout:
         pytest.skip(f"NOT RUN: the compiler has no sanitizers: {made.stderr[:200]}")
     assert made.returncode == 0, made.stderr
@@ -137,5 +137,5 @@ def test_symbols_are_ours_alone() -> None:
     needs_compiler()
     library = build.native().library
     assert isinstance(library, ctypes.CDLL)
-    for name in ("gemv_f32", "gemv_bf16", "gemv_i8", "gemv_i4", "largest", "above", "nonzero", "tile", "norm", "rope", "activate", "attention"):
+    for name in ("gemv", "gemv_blocks", "largest", "above", "nonzero", "tile", "norm", "rope", "activate", "append", "attend", "attention", "step"):
         assert getattr(library, f"fusebox_{name}")

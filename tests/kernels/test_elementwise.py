@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from kernels.attention import attention, attention_reference
 from kernels.build import native
-from kernels.elementwise import ACTIVATIONS, activate, attention, attention_reference, norm, norm_reference, rope, rope_reference
+from kernels.elementwise import ACTIVATIONS, activate, norm, norm_reference, rope, rope_reference
 from tests.tolerances import SUM_ORDER
 
 
@@ -72,6 +73,17 @@ def test_attention_equals_the_reference(heads: tuple[int, int, int], dim: int, t
     assert SUM_ORDER.holds(attention(q, keys, values, 0.3, length=tokens), wanted)
 
 
+@pytest.mark.parametrize("dim", [16, 33, 64, 128, 200])
+def test_attention_reads_half_precision_and_int8(dim: int) -> None:
+    q, keys, values = seeded(4, dim), seeded(50, 2, dim, seed=1), seeded(50, 4, dim, seed=2)
+    k16, v16 = keys.bfloat16(), values.bfloat16()
+    assert SUM_ORDER.holds(attention(q, k16, v16, dim**-0.5), attention_reference(q, k16.float(), v16.float(), dim**-0.5))
+    k_scale, v_scale = keys.abs().amax(-1) / 127, values.abs().amax(-1) / 127
+    k8, v8 = (keys / k_scale[..., None]).round().to(torch.int8), (values / v_scale[..., None]).round().to(torch.int8)
+    wanted = attention_reference(q, k8 * k_scale[..., None], v8 * v_scale[..., None], dim**-0.5)
+    assert SUM_ORDER.holds(attention(q, k8, v8, dim**-0.5, key_scales=k_scale, value_scales=v_scale), wanted)
+
+
 def test_attention_is_that_of_torch_and_sees_only_its_window() -> None:
     q, keys, values = seeded(8, 32), seeded(40, 2, 32, seed=1), seeded(40, 2, 32, seed=2)
     theirs = torch.nn.functional.scaled_dot_product_attention(q[None, :, None], keys.transpose(0, 1)[None], values.transpose(0, 1)[None], enable_gqa=True)
@@ -88,6 +100,8 @@ def test_attention_is_that_of_torch_and_sees_only_its_window() -> None:
     (lambda: activate(seeded(8), "silu", seeded(9)), "gated has 9"),
     (lambda: attention(seeded(3, 8), seeded(4, 2, 8), seeded(4, 2, 8), 1.0), "do not fit"),
     (lambda: attention(seeded(4, 8), seeded(4, 2, 8), seeded(4, 2, 8), 1.0, length=5), "over 5 tokens"),
+    (lambda: attention(seeded(4, 8), seeded(4, 2, 8).to(torch.int8), seeded(4, 2, 8).to(torch.int8), 1.0), "int8 needs key_scales"),
+    (lambda: attention(seeded(4, 8), seeded(4, 2, 8), seeded(4, 2, 8).bfloat16(), 1.0), "do not fit"),
     (lambda: attention(seeded(4, 8), seeded(4, 2, 8), seeded(4, 2, 8), 1.0, length=0), "over 0 tokens"),
 ])
 def test_what_does_not_fit_is_refused_before_c_sees_it(call: Any, said: str) -> None:

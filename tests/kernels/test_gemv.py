@@ -61,16 +61,26 @@ def test_packed_weight_is_near_the_original_and_as_small_as_it_says(kind: str) -
     weight, _, _ = vectors(192, 256, 1)
     packed = pack(weight, kind, 64)
     error = float((unpack(packed) - weight).abs().max() / weight.abs().max())
-    assert error <= {"float32": 0, "bfloat16": 2**-8, "int8": 1 / 254, "int4": 1 / 14}[kind] * 1.01
-    assert packed.nbytes == {"float32": 4 * 192 * 256, "bfloat16": 2 * 192 * 256, "int8": 192 * 256 + 4 * 256, "int4": 96 * 256 + 4 * 3 * 256}[kind]
+    assert error <= {"float32": 0, "bfloat16": 2**-8, "int8": 1 / 254, "int4": 1 / 4}[kind] * 1.01
+    assert packed.nbytes == {"float32": 4 * 192 * 256, "bfloat16": 2 * 192 * 256, "int8": 192 * 256 + 4 * 256, "int4": 96 * 256 + 2 * 3 * 256}[kind]
 
 
 def test_quantisers_are_symmetric_and_keep_zero_rows() -> None:
     weight = torch.cat([torch.zeros(1, 70), torch.linspace(-3, 3, 70)[None]])
     for codes, scale in (quantize_int8(weight), quantize_int4(weight, 64)):
         assert (codes[0] == 0).all() and torch.isfinite(scale).all()
-        assert torch.equal(codes[1].flip(0)[:6], -codes[1][:6])
-    assert int(quantize_int8(weight)[0].max()) == 127 and int(quantize_int4(weight, 64)[0].max()) == 7
+    codes = quantize_int8(weight)[0]
+    assert torch.equal(codes[1].flip(0)[:6], -codes[1][:6])
+    assert int(codes.max()) == 127 and int(quantize_int4(weight, 64)[0].max()) == 7
+
+
+def test_int4_scales_leave_less_error_than_the_largest_magnitude_does() -> None:
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    codes, scale = quantize_int4(weight, 64)
+    grouped = weight.reshape(64, 4, 64)
+    plain = grouped.abs().amax(-1, keepdim=True) / 7
+    error = (codes.reshape(64, 4, 64) * scale.float()[..., None] - grouped).square().mean()
+    assert error < 0.95 * ((grouped / plain).round() * plain - grouped).square().mean()
 
 
 @given(st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.5, -2.5, 1e-40, -3e38, 0.1]), min_size=1, max_size=40), st.integers(-1, 45))
