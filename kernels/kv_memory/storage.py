@@ -1,0 +1,103 @@
+"""Where one layer's keys and values are kept: in a reservation, or in memory that grows by copying."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kernels.kv_memory.layout import KVLayout, token_bytes
+from kernels.kv_memory.region import COMMITTER, PAGE_GROUP, Region
+
+
+class Storage(Protocol):
+    """Tensors by name of the layout's parts, [capacity, *token shape] each."""
+
+    layout: KVLayout
+    tensors: dict[str, Tensor]
+
+    def ensure(self, tokens: int) -> int:
+        """Make the first `tokens` tokens usable; returns how many really are. Tensors may be others afterwards."""
+
+    @property
+    def committed_bytes(self) -> int:
+        """Bytes that cost physical memory."""
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of address space."""
+
+
+class GrowingStorage:
+    """Ordinary tensors, twice as large whenever they are full: what most runtimes do. The old content is copied then."""
+
+    def __init__(self, layout: KVLayout, first: int = 256) -> None:
+        self.layout, self._first = layout, first
+        self.tensors = {name: torch.empty(0, *shape, dtype=dtype) for name, (shape, dtype) in layout.parts().items()}
+        self.copied_bytes = 0
+
+    def ensure(self, tokens: int) -> int:
+        """See Storage."""
+        capacity = len(self.tensors["keys"])
+        if tokens > capacity:
+            larger = max(tokens, 2 * capacity, self._first)
+            for name, old in self.tensors.items():
+                new = torch.empty(larger, *old.shape[1:], dtype=old.dtype)
+                new[:capacity] = old
+                self.tensors[name] = new
+                self.copied_bytes += old.nbytes
+            capacity = larger
+        return capacity
+
+    @property
+    def committed_bytes(self) -> int:
+        """All of it."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+    reserved_bytes = committed_bytes
+
+
+class ReservedStorage:
+    """One reservation for each part, as long as the context; page groups are committed as tokens come. Nothing is ever copied.
+
+    Source: vAttention (arXiv 2405.04437), section 5.
+    """
+
+    def __init__(self, layout: KVLayout, context: int) -> None:
+        self.layout, self.context = layout, context
+        self._token = {name: token_bytes(shape, dtype) for name, (shape, dtype) in layout.parts().items()}
+        self.regions = {name: Region(context * size) for name, size in self._token.items()}
+        self.tensors = {name: self.regions[name].tensor((context, *shape), dtype) for name, (shape, dtype) in layout.parts().items()}
+        self.waited_pages = 0
+        """Pages that a step had to wait for."""
+
+    def ensure(self, tokens: int) -> int:
+        """See Storage. A page group ahead is asked for in the background."""
+        for name, region in self.regions.items():
+            need = tokens * self._token[name]
+            if need > region.committed:
+                self.waited_pages += region.commit_to(need)
+            if need + PAGE_GROUP > region.committed and region.committed < region.size:
+                COMMITTER.commit_soon(region, need + PAGE_GROUP)
+        return self.ready
+
+    @property
+    def ready(self) -> int:
+        """Tokens whose pages are committed in every part."""
+        return min(self.context, *(region.committed // self._token[name] for name, region in self.regions.items()))
+
+    def release_from(self, tokens: int) -> None:
+        """Give back pages beyond so many tokens."""
+        for name, region in self.regions.items():
+            region.release_from(tokens * self._token[name])
+
+    @property
+    def committed_bytes(self) -> int:
+        """Of all parts."""
+        return sum(region.committed for region in self.regions.values())
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Of all parts."""
+        return sum(region.size for region in self.regions.values())

@@ -1,0 +1,44 @@
+"""A linear layer over a packed weight: C reads it in decode, torch unpacks it tile by tile to read a prompt."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kernels.packing import TILE, PackedWeight, unpack
+
+
+class PackedLinear(nn.Module):
+    """y = W x + bias with W packed.
+
+    weight_data, weight_scale: the packed tensors, as buffers.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, packed: PackedWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = packed.in_features, packed.out_features
+        self.kind, self.group_size = packed.kind, packed.group_size
+        self.register_buffer("weight_data", packed.data)
+        self.register_buffer("weight_scale", packed.scale)
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight as the kernels take it; the same tensors."""
+        return PackedWeight(self.kind, self.out_features, self.in_features, self.weight_data, self.weight_scale, self.group_size)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features] in x's dtype. int8 codes are exact in bfloat16; their scales multiply the sums."""
+        if self.kind != "int8":
+            return nn.functional.linear(x, unpack(self.packed).to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        data: Tensor = self.weight_data  # type: ignore[assignment]
+        rows = x.reshape(1, -1, self.in_features)
+        sums = torch.matmul(rows, data.to(x.dtype)).transpose(0, 1).reshape(rows.shape[1], -1, TILE).flatten(1)
+        out = sums[:, : self.out_features] * self.weight_scale[: self.out_features].to(x.dtype)  # type: ignore[index]
+        out = out if self.bias is None else out + self.bias.to(x.dtype)
+        return out.reshape(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, kind={self.kind}, group_size={self.group_size}"
