@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -34,12 +34,13 @@ class ModelInfo:
 
 @dataclass
 class Bundle:
-    """The four slots a technique may change, through `core.reversible` only.
+    """The five slots a technique may change, through `core.reversible` only.
 
     model: a transformers causal LM in eval mode.
     tokenizer: its tokenizer.
     prompt_filters: applied in order to each user message.
     cache_factory: returns the empty KV cache of one request; transformers' DynamicCache for this model when not given.
+    decoder: runs decode steps in place of the model, (tokens, cache) -> logits [tokens, vocab_size]; None: the model runs them.
     """
 
     model: PreTrainedModel
@@ -47,6 +48,7 @@ class Bundle:
     info: ModelInfo
     prompt_filters: tuple[PromptFilter, ...] = ()
     cache_factory: Callable[[], Any] = field(default=None)  # type: ignore[assignment]
+    decoder: Callable[[Sequence[int], Any], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.cache_factory is None:
@@ -74,7 +76,10 @@ class Bundle:
         return text
 
     def clone(self) -> Bundle:
-        """A bundle of its own modules over the same tensors: editing it leaves this one alone and costs no weights."""
+        """A bundle of its own modules over the same tensors: editing it leaves this one alone and costs no weights.
+
+        A decoder is made for one set of modules and is not taken along.
+        """
         tensors = (*self.model.parameters(), *self.model.buffers())
         memo: dict[int, Any] = {id(t): t for t in tensors}
         return Bundle(copy.deepcopy(self.model, memo), self.tokenizer, self.info, self.prompt_filters, self.cache_factory)

@@ -13,7 +13,17 @@ EXCLUDES: dict[frozenset[str], str] = {
     frozenset({"bnb_int8", "bnb_nf4"}): "both replace the same linear layers; a weight is stored as int8 or as nf4, not as both",
     frozenset({"larosa", "bnb_int8"}): "a rotation is written into full-precision weights, and bitsandbytes has packed them before",
     frozenset({"larosa", "bnb_nf4"}): "a rotation is written into full-precision weights, and bitsandbytes has packed them before",
+    **{
+        frozenset({ours, theirs}): "both replace the same linear layers; a weight is stored in one form"
+        for ours, theirs in (("int8", "int4"), ("int8", "bnb_int8"), ("int8", "bnb_nf4"), ("int4", "bnb_int8"), ("int4", "bnb_nf4"))
+    },
 }
+
+ORDERED: dict[frozenset[str], str] = {
+    frozenset({"larosa", "int8"}): "a rotation is written into full-precision weights, which are packed after it",
+    frozenset({"larosa", "int4"}): "a rotation is written into full-precision weights, which are packed after it",
+}
+"""Pairs that work in the order of their stages only."""
 
 
 def ordered(techniques: Sequence[Technique]) -> tuple[Technique, ...]:

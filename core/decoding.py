@@ -32,6 +32,8 @@ def prefill(bundle: Bundle, ids: Sequence[int], cache: Any, stop: Stop) -> Tenso
 @torch.inference_mode()
 def decode_one_token(bundle: Bundle, token: int, cache: Any) -> Tensor:
     """One decode step: the logits [vocab_size] after `token`."""
+    if bundle.decoder is not None:
+        return bundle.decoder([token], cache)[0].clone()
     ids = torch.tensor([[token]], device=bundle.device)
     with reading_prompt(False):
         logits: Tensor = bundle.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]

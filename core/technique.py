@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from enum import Enum, IntEnum
 from pathlib import Path
 from types import TracebackType
@@ -39,8 +39,14 @@ class Stage(IntEnum):
     HEADS = 2
     WEIGHTS = 3
     ACTIVATIONS = 4
-    CACHE = 5
-    STORE = 6
+    PACKING = 5
+    CACHE = 6
+    STORE = 7
+    RUNTIME = 8
+
+
+SIMULATED_NOTE = "simulated:"
+"""Notes that begin so hold only as long as no runtime executes the technique."""
 
 
 class Label(Enum):
@@ -104,6 +110,11 @@ class Report:
     bytes_before: int = 0
     bytes_after: int = 0
     notes: tuple[str, ...] = ()
+
+
+    def executed(self, note: str) -> Report:
+        """The same change, now that a runtime makes use of it; `note` stands in place of what was said of a simulation."""
+        return replace(self, label=Label.EXECUTED, notes=(*(n for n in self.notes if not n.startswith(SIMULATED_NOTE)), note))
 
 
 class Applied:

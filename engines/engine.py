@@ -14,7 +14,7 @@ from core.errors import InvalidRequest
 from core.memory import peak_resident_bytes, reset_peak
 from core.prepared_cache import cached_prepare
 from core.progress import Progress, Stop, silent
-from core.technique import Applied, Report, Technique
+from core.technique import Applied, Label, Report, Technique
 from engines.generation import Finished, Prefilled, TokenDecoded, generate
 from engines.methods import method_name
 from engines.metrics import GIB, ChatMetrics, Timing, timing_metrics
@@ -153,5 +153,8 @@ def fused_engine(base: Bundle, techniques: Sequence[Technique], progress: Progre
         for done in reversed(applied):
             done.undo()
         raise
+    if bundle.decoder is not None:
+        for done in applied[:-1]:
+            done.report = done.report.executed("executed: decode steps run it in the native runtime") if done.report.label is not Label.EXECUTED else done.report
     progress(1.0, "ready")
     return Engine(bundle, applied, chain)

@@ -14,24 +14,26 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from core.architectures import FAMILIES, REFUSED
 from core.bundle import Bundle, ModelInfo
-from core.compatibility import EXCLUDES, compatible, ordered
+from core.compatibility import EXCLUDES, ORDERED, compatible, ordered
 from core.errors import IncompatibleTechniques, UnsupportedModel
-from core.technique import Effect, Technique
+from core.technique import Effect, Stage, Technique
 from engines.catalog import TECHNIQUES
 from engines.engine import fused_engine
 from tests import broken_techniques as broken
 from tests import contract, families
 
 BundleOf = Callable[[str], Bundle]
-KINDS = [pytest.param(kind, id=name) for name, kind in TECHNIQUES.items()]
-PAIRS = [pytest.param(a, b, id=f"{a.name}-{b.name}") for a, b in combinations(TECHNIQUES.values(), 2)]
+CATALOG = {name: kind for name, kind in TECHNIQUES.items() if kind.stage is not Stage.RUNTIME}
+"""A runtime compiles what the others have made of a model; it has its own tests, tests/native."""
+KINDS = [pytest.param(kind, id=name) for name, kind in CATALOG.items()]
+PAIRS = [pytest.param(a, b, id=f"{a.name}-{b.name}") for a, b in combinations(CATALOG.values(), 2)]
 COMPATIBLE = [pair for pair in PAIRS if compatible([kind() for kind in pair.values])]
 # Llama shape with grouped heads, Conv1D weights, and the post-norm shape with projections around the blocks.
 SHAPES = ("llama", "gpt2", "opt_post_norm")
 
 
 def _admitted(families_: Iterable[str]) -> pytest.MarkDecorator:
-    rows = [pytest.param(kind, family, id=f"{family}-{name}") for family in families_ for name, kind in TECHNIQUES.items() if (family, name) not in REFUSED]
+    rows = [pytest.param(kind, family, id=f"{family}-{name}") for family in families_ for name, kind in CATALOG.items() if (family, name) not in REFUSED]
     return pytest.mark.parametrize(("kind", "family"), rows)
 
 
@@ -39,7 +41,7 @@ def _admitted_pairs() -> pytest.MarkDecorator:
     rows = [
         pytest.param(a, b, family, id=f"{family}-{a.name}-{b.name}")
         for family in SHAPES
-        for a, b in combinations(TECHNIQUES.values(), 2)
+        for a, b in combinations(CATALOG.values(), 2)
         if not {(family, a.name), (family, b.name)} & set(REFUSED)
     ]
     return pytest.mark.parametrize(("first", "second", "family"), rows)
@@ -172,8 +174,16 @@ def test_pair_works_in_both_orders_or_is_refused(first: type[Technique], second:
         contract.check_incompatible([first(), second()], bundle, reason)
         contract.check_incompatible([second(), first()], bundle, reason)
         return
-    contract.check_pair(first(), second(), bundle)
-    contract.check_pair(second(), first(), bundle)
+    early, late = ordered([first(), second()])
+    contract.check_pair(early, late, bundle)
+    if frozenset({first.name, second.name}) in ORDERED:
+        with late.apply(bundle, late.prepare(bundle)):
+            before = contract.snapshot(bundle)
+            with pytest.raises(UnsupportedModel):
+                early.check(bundle)
+            contract.assert_unchanged(before, bundle, "refused in the wrong order")
+    else:
+        contract.check_pair(late, early, bundle)
     contract.check_engine_leaves_base_alone([second(), first()], bundle)
 
 

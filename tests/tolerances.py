@@ -33,6 +33,10 @@ ROTATED = {torch.float32: 1e-4, torch.bfloat16: 0.25}
 """Largest move of a logit as a share of the logits' spread when weights are written in another basis: rounding of weights and residuals
 to 24 and 8 bits. fp32 moves 1e-5 of it; in the tiny random models, whose logits are sums of large terms, bf16 moves up to a tenth."""
 
+NATIVE = Tolerance(1e-3, 0.0, "fp32 sums in C against torch's; the bound that the runtime promises. Seen: 3e-5")
+NATIVE_BF16 = 0.1
+"""Largest distance of a logit from fp32's, as a share of the logits' spread, with bf16 weights read in C: only the prompt was read in bf16."""
+
 INT8_NORM = 1e-3
 """Relative norm of the difference: fp16 weights often lie exactly half-way between two codes, and one code is 1/127 of a row's range.
 bitsandbytes also writes 1/127**2 as 6.200124e-05, 2e-5 off. int8 itself costs 8e-3."""

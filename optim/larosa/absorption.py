@@ -104,7 +104,7 @@ def _replace_norm(structure: Structure, path: str, edits: Edits, rotation: Tenso
 def _add_adapter(structure: Structure, index: int, weight: Tensor, edits: Edits) -> str:
     block = structure.blocks[index]
     like = next(block.parameters())
-    adapter = ResidualAdapter(weight.to(like.dtype).to(like.device))
+    adapter = ResidualAdapter(weight.to(like.dtype).to(like.device)).train(block.training)
     edits.set_attr(block, "residual_adapter", adapter)
     edits.add_hook(block.register_forward_pre_hook, adapter.enter, with_kwargs=True)
     return structure.path(index, "residual_adapter")

@@ -139,12 +139,14 @@ class ResidualAdapter(nn.Module):
     """R = Q_l^T Q_{l+1}: carries the residual stream from one layer's basis into the next one's (LaRoSA, section 3.3)."""
 
     def __init__(self, weight: Tensor) -> None:
+        """weight: R [D, D]."""
         super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)  # [D, D]
+        self.linear = nn.Linear(*weight.shape, bias=False, device="meta")
+        self.linear.weight = nn.Parameter(weight.T.contiguous(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x R for [..., D]."""
-        return x @ self.weight
+        return self.linear(x)  # type: ignore[no-any-return]
 
     def enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Forward pre-hook of a decoder block: its hidden states, the first argument, change basis."""

@@ -15,7 +15,7 @@ from core.calibration import calibration_windows, check_finite_weights
 from core.errors import CalibrationError, UnsupportedModel
 from core.progress import Progress, silent
 from core.reversible import Edits
-from core.technique import Effect, Label, Prepared, Report, Stage, Technique, option
+from core.technique import SIMULATED_NOTE, Effect, Label, Prepared, Report, Stage, Technique, option
 from optim.larosa.absorption import absorb_rotations, rotate_inputs
 from optim.larosa.allocation import search_multipliers
 from optim.larosa.calibration import collect_magnitudes, collect_moments
@@ -149,7 +149,7 @@ class LaRoSA(Technique):
             f"{rule} {', '.join(f'{share:.1%} of {kind} inputs' for kind, share in shares.items())}",
             f"bytes guarded: {', '.join(f'{kind} {share:.0%}' for kind, share in byte_shares(sites).items())}",
             "prompt and answer" if self.prefill else f"answer tokens only, the prompt and the first {self.exempt} positions stay dense",
-            "simulated: entries are set to zero and every weight is still read, so nothing gets faster yet",
+            f"{SIMULATED_NOTE} entries are set to zero and every weight is still read; the native runtime leaves the weights out",
         )
         return Report(self.name, Label.SIMULATED, tuple(touched), {"output head": "never sparsified"}, before, _weight_bytes(structure), notes), ()
 

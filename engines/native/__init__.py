@@ -1,0 +1,1 @@
+"""The native executor: a whole decode step in one call of the C library."""
