@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -161,6 +163,78 @@ def evaluate_chat_command(
     if json_path is not None:
         write_text(json_path, to_json(figures))
     print("\n" + json.dumps({k: {n: v for n, v in figures[k].items() if n != "samples"} for k in figures if k not in ("model", "provenance")}, indent=1))
+
+
+@bench_app.command("decode")
+def bench_decode(
+    shape: Annotated[list[str] | None, typer.Option(help="embedded, smollm2-135m, gpt2, opt-125m, tinyllama-1.1b or phi-2; again for more. embedded when not given.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="A method and its weights' dtype, as native+int8:bfloat16; again for more.")] = None,
+    context: Annotated[int, typer.Option(min=1, help="Tokens in the cache while decoding.")] = 256,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of one segment.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="ABBA rounds.")] = 2,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+) -> None:
+    """Decode speed of methods against transformers, on the embedded model or on shapes with random weights."""
+    from engines.speed.decode import DEFAULT_METHODS, time_decode
+
+    _bench(json_path, [partial(time_decode, name, tuple(method or DEFAULT_METHODS), context=context, tokens=tokens, rounds=rounds) for name in shape or ["embedded"]], ("method", "executor", "decode_tok_s", "bytes_per_token", "bandwidth_fraction", "speedup_vs_baseline"))
+
+
+@bench_app.command("prefill")
+def bench_prefill(
+    shape: Annotated[list[str] | None, typer.Option(help="As for decode.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 256,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+) -> None:
+    """Prefill speed, in chunks over the project's cache, against one forward call of transformers."""
+    from engines.speed.prefill import time_prefill
+
+    _bench(json_path, [partial(time_prefill, name, tokens=tokens) for name in shape or ["embedded"]], ("method", "prefill_tok_s", "speedup_vs_baseline"))
+
+
+@bench_app.command("kv")
+def bench_kv(
+    context: Annotated[int, typer.Option(min=1, help="Tokens to reserve.")] = 32_768,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to use.")] = 1024,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+) -> None:
+    """Memory and waiting of the reserved KV cache, on TinyLlama's layout."""
+    from engines.speed.kv_cache import measure_kv
+
+    _bench(json_path, [lambda **_: {"rows": [measure_kv(context=context, tokens=tokens)]}],
+           ("rss_growth_before_use_bytes", "committed_bytes", "rss_growth_after_use_bytes", "waste_bytes", "waited_pages", "write_p50_s", "write_p99_s"))
+
+
+@bench_app.command("kernels")
+def bench_kernels(json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None) -> None:
+    """Single products, dense and with chosen rows, in bytes a second."""
+    from engines.speed.kernel_table import time_kernels
+
+    _bench(json_path, [time_kernels], ("kind", "how", "seconds", "bytes_s", "speedup_vs_dense"))
+
+
+def _bench(json_path: Path | None, runs: Sequence[Callable[..., dict[str, Any]]], columns: Sequence[str]) -> None:
+    """Run, print the columns of all rows, and write everything where asked to."""
+    import datetime
+
+    from core.files import write_text
+    from core.provenance import provenance
+    from engines.export import to_json
+
+    _check_writable(json_path)
+    results = [run(progress=_show_progress) for run in runs]
+    for result in results:
+        print("\n" + "  ".join(f"{name}" for name in columns) + (f"   [{result['shape']}]" if "shape" in result else ""))
+        for row in result.get("rows", ()):
+            print(f"{row['method']}: {row['error']}" if "error" in row else "  ".join(_cell(row.get(name)) for name in columns))
+        if "error" in result:
+            print(result["error"])
+    if json_path is not None:
+        write_text(json_path, to_json({"results": results, "date": datetime.date.today().isoformat(), "provenance": provenance()}))
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
 
 
 @bench_app.command("larosa")

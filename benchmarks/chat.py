@@ -36,12 +36,13 @@ QUESTIONS = (
 )
 
 
+METHODS = (BASELINE, *TECHNIQUES, "native+int8", "native+int4", "native+larosa", "native+int8+larosa")
 QUALITY = ("baseline_answer_bits_per_byte", "agreement_tokens", "agreement_share")
 
 
 def measure_quality(service: ChatService, model: str, new_tokens: int) -> dict[str, list[Answer]]:
     """Answers that end where the model ends them, scored against the baseline's."""
-    methods = (BASELINE, *TECHNIQUES)
+    methods = METHODS
     answers: dict[str, list[Answer]] = {m: [] for m in methods}
     for question in QUESTIONS:
         done, _ = collect(service.stream(ChatRequest(question, methods, model_id=model, sampling=Sampling(2 * new_tokens))))
@@ -53,7 +54,7 @@ def measure_quality(service: ChatService, model: str, new_tokens: int) -> dict[s
 def measure_speed(model: str, new_tokens: int, rounds: int) -> tuple[dict[str, list[Answer]], dict[str, str], ChatService]:
     """Answers of a fixed length by method: each round asks every question of every method, alternating the order of the methods."""
     service = ChatService(EnginePool())
-    methods = (BASELINE, *TECHNIQUES)
+    methods = METHODS
     answers: dict[str, list[Answer]] = {m: [] for m in methods}
     errors: dict[str, str] = {}
     for round_ in range(rounds + 1):  # the first warms up

@@ -11,7 +11,7 @@ from typing import Any
 from engines.metric_text import format_metric
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "larosa.md", ROOT / "assets" / "models" / "chat" / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "larosa.md", ROOT / "docs" / "native.md", ROOT / "assets" / "models" / "chat" / "README.md")
 RESULTS = ROOT / "benchmarks" / "results"
 _COLUMNS = ("decode_tok_s", "ttft_s", "weights_in_use_bytes", "kv_in_use_bytes", "baseline_answer_bits_per_byte", "agreement_share")
 _HEADINGS = ("method", "label", "decode (p10 to p90)", "first token", "weights in use", "KV in use", "bits/byte of the baseline's answers", "agreement")
@@ -77,6 +77,49 @@ def larosa_table(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _machine(data: dict[str, Any]) -> str:
+    where = data["provenance"]
+    return f"{where['cpu']}, {where['threads']} threads, torch {where['packages']['torch']}, transformers {where['packages']['transformers']}, {data['date']}."
+
+
+def decode_table(data: dict[str, Any]) -> str:
+    """Every method on every shape, baselines first."""
+    lines = ["| shape | method | executor | decode (p10 to p90) | against transformers | MiB a token | of the read bandwidth |", "|" + " --- |" * 7]
+    for result in data["results"]:
+        for row in result["rows"]:
+            if row.get("error"):
+                lines.append(f"| {result['shape']} | `{row['method']}` | | {row['error']} | | | |")
+                continue
+            share = "cache-resident" if row["cache_resident"] else f"{row['bandwidth_fraction']:.0%}"
+            lines.append(f"| {result['shape']} | `{row['method']}` | {row['executor']} | {row['decode_tok_s']:.3g} tok/s ({row['p10']:.3g} to {row['p90']:.3g}) | "
+                         f"{row['speedup_vs_baseline']:.2f}x | {row['bytes_per_token'] / 2**20:.3g} | {share} |")
+    first = data["results"][0]
+    lines += ["", f"Batch 1, {first['context']} tokens of context; against the faster of transformers' two, timed in turns (ABBA). Read bandwidth of this machine in these runs: "
+              f"{min(r['read_bandwidth'] for r in data['results']) / 1e9:.1f} to {max(r['read_bandwidth'] for r in data['results']) / 1e9:.1f} GB/s. Shapes other than the embedded model have random weights. {_machine(data)}"]
+    return "\n".join(lines)
+
+
+def kernels_table(data: dict[str, Any]) -> str:
+    """One product, dense and with chosen rows."""
+    result = data["results"][0]
+    lines = ["| weights | rows | time | GB/s of what is needed | against dense |", "|" + " --- |" * 5]
+    lines += [f"| {r['kind']} | {r['how']} | {r['seconds'] * 1e6:.0f} us | {r['bytes_s'] / 1e9:.1f} | {r['speedup_vs_dense']:.2f}x |" for r in result["rows"]]
+    lines += ["", f"{result['in_features']} inputs, {result['out_features']} outputs, {result['keep']:.0%} of the rows where some are chosen, matrices that no cache holds; this machine reads {result['read_bandwidth'] / 1e9:.1f} GB/s. {_machine(data)}"]
+    return "\n".join(lines)
+
+
+def kv_table(data: dict[str, Any]) -> str:
+    """What a reservation costs."""
+    r, mib = data["results"][0]["rows"][0], 2**20
+    rows = [
+        (f"address space for {r['context']:,} tokens of TinyLlama's layout", f"{r['reserved_bytes'] / mib:.0f} MiB"), ("resident memory that costs before use", f"{r['rss_growth_before_use_bytes'] / 1024:.0f} KiB"),
+        (f"committed for {r['tokens']:,} tokens / grown resident memory", f"{r['committed_bytes'] / mib:.2f} / {r['rss_growth_after_use_bytes'] / mib:.2f} MiB"),
+        ("used / committed and not used", f"{r['used_bytes'] / mib:.2f} / {r['waste_bytes'] / mib:.2f} MiB"), ("pages that a step waited for, of all", f"{r['waited_pages']} of {r['committed_bytes'] // 4096}"),
+        ("time to write a token, median / p99", f"{r['write_p50_s'] * 1e3:.2f} / {r['write_p99_s'] * 1e3:.2f} ms"), ("the same in a cache that grows: p99 / slowest / bytes copied", f"{r['growing_p99_s'] * 1e3:.2f} / {r['growing_max_s'] * 1e3:.2f} ms / {r['growing_copied_bytes'] / mib:.1f} MiB"),
+    ]
+    return "\n".join(["| measured | value |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows), "", _machine(data)])
+
+
 def _by_position(part: dict[str, Any]) -> str:
     return ", ".join(f"{value:.2f} {name}" for name, value in part["nats_per_token_by_position"].items() if value is not None)
 
@@ -85,6 +128,9 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "chat": ("chat-embedded.json", chat_table),
     "larosa-embedded": ("larosa-embedded.json", larosa_table),
     "larosa-stories260k": ("larosa-stories260k.json", larosa_table),
+    "decode": ("decode.json", decode_table),
+    "kernels": ("kernels.json", kernels_table),
+    "kv": ("kv.json", kv_table),
     "model-card": ("chat-model-card.json", model_card_table),
 }
 

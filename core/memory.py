@@ -72,3 +72,13 @@ def peak_resident_bytes() -> int | None:
     except OSError:
         return None
     return None
+
+
+def last_level_cache_bytes() -> int:
+    """Size of the CPU's largest cache; 32 MiB where the system does not say."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        if text[:-1].isdigit():
+            sizes.append(int(text[:-1]) * {"K": 2**10, "M": 2**20}.get(text[-1], 1))
+    return max(sizes, default=32 * 2**20)

@@ -113,6 +113,7 @@ class Engine:
             weights_kept_for_undo_bytes=self.weights.kept_for_undo,
             weights_packed_bytes=self.weights.packed,
             kv_in_use_bytes=finished.kv_in_use_bytes,
+            kv_committed_bytes=finished.kv_committed_bytes,
             kv_reserved_bytes=finished.kv_reserved_bytes,
             finish_reason=finished.reason,
             times_comparable=True,

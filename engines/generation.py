@@ -13,6 +13,7 @@ from core.bundle import Bundle
 from core.decoding import decode_one_token, prefill
 from core.progress import Stop
 from engines.sampling import Sampler, Sampling
+from kernels.kv_memory.cache import TokenMajorCache
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Finished:
     reason: str
     kv_in_use_bytes: int | None
     kv_reserved_bytes: int | None
+    kv_committed_bytes: int | None = None
 
 
 GenerationEvent = Prefilled | TokenDecoded | Finished
@@ -78,8 +80,11 @@ def generate(bundle: Bundle, prompt_ids: Sequence[int], sampling: Sampling, stop
 
 
 def _finished(reason: str, cache: Any) -> Finished:
+    if isinstance(cache, TokenMajorCache):
+        stats = cache.stats()
+        return Finished(reason, stats.used_bytes, stats.reserved_bytes, stats.committed_bytes)
     tensors = [t for layer in getattr(cache, "layers", ()) for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if isinstance(t, Tensor)]
     if not tensors:
         return Finished(reason, None, None)
     reserved = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return Finished(reason, sum(t.numel() * t.element_size() for t in tensors), sum(reserved.values()))
+    return Finished(reason, sum(t.numel() * t.element_size() for t in tensors), sum(reserved.values()), sum(reserved.values()))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 
 from core.bundle import Bundle, storage_bytes, tensors_of
 from core.calibration import calibration_windows
@@ -27,22 +27,27 @@ from optim.larosa.technique import VARIANTS, LaRoSA
 
 SPARSITIES = (0.0, 0.25, 0.4, 0.5, 0.75)
 WINDOW = 512
+TEMPERATURES = (1.0, 1.1, 1.25, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The dense model on the text: windows, its choice of each token, its loss."""
+    """The dense model on the text: windows, what it predicts [tokens, vocab_size] for each, its loss.
+
+    tempered_nats: the loss with all logits divided by each of TEMPERATURES.
+    """
 
     windows: tuple[Tensor, ...]
-    choices: tuple[Tensor, ...]
-    nats: float
+    predictions: tuple[Tensor, ...]
+    tempered_nats: tuple[float, ...]
     text_bytes: int
     tokens: int
 
-    @property
-    def bits_per_byte(self) -> float:
-        """Of the dense model."""
-        return self.nats / math.log(2) / self.text_bytes
+    def figures(self, tempered_nats: Sequence[float]) -> dict[str, float]:
+        """Bits per byte as the logits are, and with the temperature that suits them best: the first also counts being too sure, the second does not."""
+        best = min(range(len(TEMPERATURES)), key=lambda i: tempered_nats[i])
+        scale = 1 / math.log(2) / self.text_bytes
+        return {"bits_per_byte": tempered_nats[0] * scale, "bits_per_byte_tempered": tempered_nats[best] * scale, "temperature": TEMPERATURES[best]}
 
 
 def dense_reference(bundle: Bundle, texts: Sequence[str], tokens: int, exempt: int) -> Reference:
@@ -56,15 +61,19 @@ def dense_reference(bundle: Bundle, texts: Sequence[str], tokens: int, exempt: i
         windows = calibration_windows(bundle, texts, tokens, min(WINDOW, bundle.context_length))
     except CalibrationError as error:
         raise CalibrationError(f"To score on: {error}") from error
-    choices, nats, text_bytes, scored = [], 0.0, 0, 0
+    predictions, nats, text_bytes, scored = [], [0.0] * len(TEMPERATURES), 0, 0
     for window in windows:
         targets = window[0, max(1, exempt) :]
         logits = sparse_logits(structure, (), window, exempt)
-        nats += float(cross_entropy(logits, targets, reduction="sum"))
-        choices.append(logits.argmax(-1))
+        nats = [a + b for a, b in zip(nats, _tempered(logits, targets), strict=True)]
+        predictions.append(logits.bfloat16())
         text_bytes += len(str(bundle.tokenizer.decode(targets, skip_special_tokens=True)).encode())
         scored += len(targets)
-    return Reference(tuple(windows), tuple(choices), nats, text_bytes, scored)
+    return Reference(tuple(windows), tuple(predictions), tuple(nats), text_bytes, scored)
+
+
+def _tempered(logits: Tensor, targets: Tensor) -> list[float]:
+    return [float(cross_entropy(logits / temperature, targets, reduction="sum")) for temperature in TEMPERATURES]
 
 
 def score_variant(bundle: Bundle, technique: LaRoSA, prepared: Prepared, reference: Reference) -> dict[str, Any]:
@@ -72,16 +81,17 @@ def score_variant(bundle: Bundle, technique: LaRoSA, prepared: Prepared, referen
     with technique.apply(bundle, prepared) as applied:
         structure = structure_of(bundle.model, "The sweep")
         sites = sites_of(bundle.model)
-        nats, same = 0.0, 0
+        nats, same, divergence = [0.0] * len(TEMPERATURES), 0, 0.0
         with counting(sites):
-            for window, chosen in zip(reference.windows, reference.choices, strict=True):
+            for window, dense in zip(reference.windows, reference.predictions, strict=True):
                 logits = sparse_logits(structure, sites, window, technique.exempt)
-                nats += float(cross_entropy(logits, window[0, max(1, technique.exempt) :], reduction="sum"))
-                same += int((logits.argmax(-1) == chosen).sum())
+                nats = [a + b for a, b in zip(nats, _tempered(logits, window[0, max(1, technique.exempt) :]), strict=True)]
+                same += int((logits.argmax(-1) == dense.argmax(-1)).sum())
+                divergence += float(kl_div(logits.log_softmax(-1), dense.float().log_softmax(-1), reduction="sum", log_target=True))
         seen = measured(structure, sites)
         return {
-            "variant": technique.variant, "sparsity": technique.sparsity, "bits_per_byte": nats / math.log(2) / reference.text_bytes,
-            "agreement": same / reference.tokens, "measured_sparsity": seen.sparsity, "site_sparsity": seen.kinds, "exact_zeros": seen.exact_zeros,
+            "variant": technique.variant, "sparsity": technique.sparsity, **reference.figures(nats),
+            "kl_to_dense": divergence / reference.tokens, "agreement": same / reference.tokens, "measured_sparsity": seen.sparsity, "site_sparsity": seen.kinds, "exact_zeros": seen.exact_zeros,
             **bytes_per_token(bundle, seen.sparsity or 0.0, seen.exact_zeros), "notes": list(applied.report.notes),
         }
 
@@ -119,7 +129,7 @@ def sweep(
         tokens: how many tokens of `texts` are scored.
 
     Returns:
-        "dense" (bits per byte, bytes per token, tokens), "rows", "refused" (variants or sparsities that do not fit, with the reason), and
+        "dense" (bits per byte, also at its best temperature, bytes per token, tokens), "rows", "refused" (variants or sparsities that do not fit, with the reason), and
         "calibration" (seconds by variant, None where it was kept from an earlier run).
 
     Raises:
@@ -132,7 +142,7 @@ def sweep(
     LaRoSA().check(bundle)
     reference = dense_reference(bundle, texts, tokens, plans[0].exempt)
     out: dict[str, Any] = {
-        "dense": {"bits_per_byte": reference.bits_per_byte, "tokens": reference.tokens, **bytes_per_token(bundle, 0.0)}, "rows": [], "refused": [], "calibration": {},
+        "dense": {**reference.figures(reference.tempered_nats), "tokens": reference.tokens, **bytes_per_token(bundle, 0.0)}, "rows": [], "refused": [], "calibration": {},
     }
     for place, plan in enumerate(plans):
         progress(place / len(plans), f"{plan.variant} at {plan.sparsity:g}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import logging
 import os
@@ -61,11 +62,19 @@ def find_compiler() -> str | None:
 
 def library_key(compiler: str) -> str:
     """A name for what would come out of compiling: sources, flags, compiler and CPU."""
-    digest = hashlib.sha256("\0".join((*FLAGS, _march(), compiler, cpu_name(), torch.backends.cpu.get_cpu_capability(), torch.__version__)).encode())
-    digest.update(str(os.stat(compiler).st_mtime_ns).encode())
-    for path in sorted(SOURCE.glob("*.[ch]")):
+    return _key(compiler, _march(), os.stat(compiler).st_mtime_ns, tuple((p.name, p.stat().st_mtime_ns) for p in _sources()))
+
+
+@functools.lru_cache(maxsize=8)
+def _key(compiler: str, march: str, built_ns: int, sources: tuple[tuple[str, int], ...]) -> str:
+    digest = hashlib.sha256("\0".join((*FLAGS, march, compiler, cpu_name(), torch.backends.cpu.get_cpu_capability(), torch.__version__, str(built_ns), "".join(name for name, _ in sources))).encode())
+    for path in _sources():
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:20]
+
+
+def _sources() -> list[Path]:
+    return sorted(SOURCE.glob("*.[ch]"))
 
 
 def _march() -> str:

@@ -11,6 +11,7 @@ from kernels.arguments import check_float32, pointers, sizes
 from kernels.build import native
 from kernels.packing import PackedWeight, unpack
 
+
 def gemv_reference(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
     """W x + bias in float64 over the unpacked weight, rounded to float32. Arguments as in `gemv`."""
     dense = unpack(weight).double()

@@ -19,7 +19,7 @@ class PackedLinear(nn.Module):
     def __init__(self, packed: PackedWeight, bias: Tensor | None) -> None:
         super().__init__()
         self.in_features, self.out_features = packed.in_features, packed.out_features
-        self.kind, self.group_size = packed.kind, packed.group_size
+        self.kind, self.group_size, self.by_row = packed.kind, packed.group_size, packed.by_row
         self.register_buffer("weight_data", packed.data)
         self.register_buffer("weight_scale", packed.scale)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
@@ -27,15 +27,14 @@ class PackedLinear(nn.Module):
     @property
     def packed(self) -> PackedWeight:
         """The weight as the kernels take it; the same tensors."""
-        return PackedWeight(self.kind, self.out_features, self.in_features, self.weight_data, self.weight_scale, self.group_size)  # type: ignore[arg-type]
+        return PackedWeight(self.kind, self.out_features, self.in_features, self.weight_data, self.weight_scale, self.group_size, self.by_row)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features] in x's dtype. int8 codes are exact in bfloat16; their scales multiply the sums."""
         if self.kind != "int8":
             return nn.functional.linear(x, unpack(self.packed).to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-        data: Tensor = self.weight_data  # type: ignore[assignment]
         rows = x.reshape(1, -1, self.in_features)
-        sums = torch.matmul(rows, data.to(x.dtype)).transpose(0, 1).reshape(rows.shape[1], -1, TILE).flatten(1)
+        sums = torch.matmul(rows, self.packed.tiles.to(x.dtype)).transpose(0, 1).reshape(rows.shape[1], -1, TILE).flatten(1)
         out = sums[:, : self.out_features] * self.weight_scale[: self.out_features].to(x.dtype)  # type: ignore[index]
         out = out if self.bias is None else out + self.bias.to(x.dtype)
         return out.reshape(*x.shape[:-1], self.out_features)

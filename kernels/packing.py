@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from kernels.huge_pages import in_huge_pages
 from kernels.structures import KIND_NUMBERS, Matrix, address
 
 TILE = 128
@@ -25,7 +26,7 @@ class PackedWeight:
 
     kind: one of KINDS.
     data: [tiles, in_features, TILE] float32, bfloat16 or int8; [tiles, in_features, TILE / 8] int32 for int4: output j of a tile is
-        nibble j / 16 of word j % 16.
+        nibble j / 16 of word j % 16. With `by_row` the first two axes change places: all of one input channel's weights lie together.
     scale: [tiles * TILE] float32 for int8, [tiles, groups, TILE] bfloat16 for int4, None for floats.
     group_size: input channels that share a scale in int4, 0 otherwise.
     """
@@ -36,6 +37,16 @@ class PackedWeight:
     data: Tensor
     scale: Tensor | None = None
     group_size: int = 0
+    by_row: bool = False
+
+    def rows_together(self) -> PackedWeight:
+        """The same weights, each input channel's in one piece: for reading some channels of a matrix larger than the caches."""
+        return self if self.by_row else replace(self, data=in_huge_pages(self.data.transpose(0, 1).contiguous()), by_row=True)
+
+    @property
+    def tiles(self) -> Tensor:
+        """`data` with tiles first, whatever lies together; a view."""
+        return self.data.transpose(0, 1) if self.by_row else self.data
 
     @property
     def nbytes(self) -> int:
@@ -44,7 +55,7 @@ class PackedWeight:
 
     def matrix(self, bias: Tensor | None = None) -> Matrix:
         """For the C library; it points into these tensors and into `bias` [out_features] float32, which must outlive it."""
-        return Matrix(KIND_NUMBERS[self.kind], self.in_features, self.out_features, self.group_size, address(self.data), address(self.scale), address(bias))
+        return Matrix(KIND_NUMBERS[self.kind], self.in_features, self.out_features, self.group_size, self.by_row, address(self.data), address(self.scale), address(bias))
 
 
 def _tiles(weight: Tensor) -> Tensor:
@@ -53,7 +64,7 @@ def _tiles(weight: Tensor) -> Tensor:
     tiles = -(-out // TILE)
     padded = weight.new_zeros(tiles * TILE, inside)
     padded[:out] = weight
-    return padded.reshape(tiles, TILE, inside).transpose(1, 2).contiguous()
+    return in_huge_pages(padded.reshape(tiles, TILE, inside).transpose(1, 2).contiguous())
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,12 +118,12 @@ def pack(weight: Tensor, kind: str, group_size: int = 64) -> PackedWeight:
     data = nibbles[:, :, 0].clone()
     for place in range(1, _NIBBLES):
         data |= nibbles[:, :, place] << 4 * place
-    return PackedWeight(kind, out, inside, data, _tiles(scale), group_size)
+    return PackedWeight(kind, out, inside, in_huge_pages(data), _tiles(scale), group_size)
 
 
 def unpack(packed: PackedWeight) -> Tensor:
     """The weight [out_features, in_features] float32 that the kernel computes with: the reference of every packed form."""
-    data = packed.data
+    data = packed.tiles
     if packed.kind == "int4":
         data = torch.cat([data >> 4 * place & 15 for place in range(_NIBBLES)], -1) - _MIDDLE
     wide = data.float()

@@ -34,6 +34,8 @@ ROTATED = {torch.float32: 1e-4, torch.bfloat16: 0.25}
 to 24 and 8 bits. fp32 moves 1e-5 of it; in the tiny random models, whose logits are sums of large terms, bf16 moves up to a tenth."""
 
 NATIVE = Tolerance(1e-3, 0.0, "fp32 sums in C against torch's; the bound that the runtime promises. Seen: 3e-5")
+INT8_KV = 0.5 + 1e-3
+"""Furthest a cached entry may lie from what was written, in steps of its scale: half a step and the last bits of fp32."""
 NATIVE_BF16 = 0.1
 """Largest distance of a logit from fp32's, as a share of the logits' spread, with bf16 weights read in C: only the prompt was read in bf16."""
 

@@ -104,7 +104,7 @@ SECOND_TURNS = Stage(
 )
 """Then: garbled second questions, whose topic stands only in the talk so far, and scrambled texts, so that summaries copy."""
 
-LAST = Stage(
+EVERYTHING = Stage(
     epochs=3,
     mix=Mix(
         forms=(("definition", 1), ("short", 1), ("explanation", 1), ("how", 1), ("why", 1), ("example", 1), ("comparison", 1)),
@@ -113,14 +113,25 @@ LAST = Stage(
     corpus_tokens=40_000, first_corpus_tokens=40_000, corpus_extracts=400, scrambled_extracts=200, garbled=20, garbled_seconds=8,
     batch_tokens=6144, learning_rate=5e-4, muon_learning_rate=2.4e-3, schedule="linear",
 )
-"""Last: everything at once; the rate falls to nothing."""
+"""Then: everything at once. Answers are there after it; summaries are not, since written ones teach to invent."""
+
+SUMMARIES = Stage(
+    epochs=2,
+    mix=Mix(
+        forms=(("definition", 1), ("short", 1), ("explanation", 1), ("how", 1), ("why", 1), ("example", 1), ("comparison", 1)),
+        unknowns=1, follow_ups=1, readings=1, written_summaries=0, topic_extracts=0, recalls=150,
+    ),
+    corpus_tokens=20_000, first_corpus_tokens=20_000, corpus_extracts=1500, scrambled_extracts=600, garbled=12, garbled_seconds=6,
+    batch_tokens=6144, learning_rate=4e-4, muon_learning_rate=2e-3, schedule="linear",
+)
+"""Last: texts that nobody knows by heart to summarise in their own words, and enough of the rest not to lose it; the rate falls to nothing."""
 
 
 @dataclass(frozen=True)
 class ChatPlan:
     """Budget of one tuning run."""
 
-    stages: tuple[Stage, ...] = (COPYING, TOPICS, ANSWERS, PARAPHRASES, SECOND_TURNS, LAST)
+    stages: tuple[Stage, ...] = (COPYING, TOPICS, ANSWERS, PARAPHRASES, SECOND_TURNS, EVERYTHING, SUMMARIES)
     length: int = 1024  # longer conversations are left out
     seed: int = 0
 

@@ -11,11 +11,12 @@ import numpy as np
 from core.datasets import Document
 
 _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'])")
-_STOP = frozenset((
+_STOP = frozenset(re.findall(
+    "[a-z]+",
     "a an and are as at be been but by can do does for from had has have how if in into is it its may more most no not of on one or "
     "other our out over so some such than that the their them then there these they this those through to two under up was we were what "
     "when where which while who why will with would you your "
-).split())
+))
 
 
 def sentences(text: str) -> list[str]:

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from core.architectures import Architecture, architecture_of, family_of
+from core.bundle import storage_bytes, tensors_of
 from core.errors import UnsupportedModel
+from core.memory import last_level_cache_bytes
 from engines.native.parts import Linear, Norm, NotNative, linear_part, norm_part, site_before, site_rule
 from engines.native.program import (
     ABOVE,
@@ -87,6 +89,7 @@ class _Compiler:
         self.head_dim = int(getattr(self.config, "head_dim", None) or self.config.hidden_size // self.heads)
         self.width = int(self.config.hidden_size)
         self.sites: list[Site] = []
+        self.beyond_cache = _weight_bytes(model) > last_level_cache_bytes()
         self.rotated: dict[Buffer, Buffer] = {}
 
     def compile(self, threads: int) -> Compiled:
@@ -182,6 +185,11 @@ class _Compiler:
         self._product(_matrix(part.rotation.T, path), to, rotated)
         return rotated
 
+    def _part(self, block: nn.Module, index: int, name: str, rows: Rows | None) -> Linear:
+        """A layer's weights; each input channel's together where only some are read, and from memory rather than a cache."""
+        part = linear_part(block.get_submodule(name), self.structure.path(index, name))
+        return Linear(part.weight.rows_together(), part.bias) if rows is not None and self.beyond_cache else part
+
     def _rows(self, site: Site | None, source: Buffer, size: int, path: str) -> Rows | None:
         """Which channels are read; None for all."""
         if site is None:
@@ -199,11 +207,11 @@ class _Compiler:
         spread = 3 * self.head_dim if by_head else self.head_dim
         starts = [0, self.head_dim, 2 * self.head_dim] if by_head else [0, self.heads * self.head_dim, (self.heads + self.key_heads) * self.head_dim]
         if a.fused:
-            part = linear_part(block.get_submodule(a.qkv[0]), self.structure.path(index, a.qkv[0]))
+            part = self._part(block, index, a.qkv[0], rows)
             program.multiply([Product(part.weight, part.bias, source, self.qkv, rows)])
             program.written(self.qkv + starts[1], self.qkv + starts[2])
         else:
-            parts = [linear_part(block.get_submodule(name), self.structure.path(index, name)) for name in a.qkv]
+            parts = [self._part(block, index, name, rows) for name in a.qkv]
             program.multiply([Product(p.weight, p.bias, source, self.qkv + start, rows) for p, start in zip(parts, starts, strict=True)])
         q, k, v = (self.qkv + start for start in starts)
         for buffer, heads, norm in ((q, self.heads, "q_norm"), (k, self.key_heads, "k_norm")):
@@ -219,8 +227,8 @@ class _Compiler:
                                          dim=self.head_dim, table=address(cosine), gain=address(sine))
                 operation.keep = 2 * cosine.shape[1]
         for mode, buffer in enumerate((k, v)):
-            how = ("heads", self.key_heads)
-            program.emit(APPEND, reads=[(buffer, how)], writes=[(("kv", index), how)], from_=buffer.operand, heads=self.key_heads, head_stride=spread, layer=index, mode=mode)
+            split = ("heads", self.key_heads)
+            program.emit(APPEND, reads=[(buffer, split)], writes=[(("kv", index), split)], from_=buffer.operand, heads=self.key_heads, head_stride=spread, layer=index, mode=mode)
         operation = program.emit(ATTEND, reads=[(q, ("heads", self.heads)), (("kv", index), None)], writes=[(self.attended, ("heads", self.heads))], from_=q.operand,
                                  to=self.attended.operand, heads=self.heads, head_stride=spread, layer=index, window=self._window(index))
         operation.factor = float(attention.scaling)
@@ -239,7 +247,7 @@ class _Compiler:
         gate_module = block.get_submodule(self.structure.gate) if self.structure.gate else None
         if gate_module is not None and isinstance(getattr(gate_module, "activation_site", None), Site):
             raise NotNative("activations dropped behind the gate (CATS)")
-        parts = [linear_part(block.get_submodule(name), self.structure.path(index, name)) for name in a.mlp_in]
+        parts = [self._part(block, index, name, rows) for name in a.mlp_in]
         program.multiply([Product(p.weight, p.bias, source, to, rows) for p, to in zip(parts, (self.gate, self.up), strict=False)])
         gated = len(parts) == 2
         program.emit(ACTIVATE, reads=[(self.gate, None), *([(self.up, None)] if gated else [])], writes=[(self.gate, "entries")], from_=self.gate.operand, to=self.gate.operand,
@@ -248,7 +256,7 @@ class _Compiler:
     def _write(self, block: nn.Module, index: int, name: str, source: Buffer, size: int, factor: float) -> None:
         layer, path = block.get_submodule(name), self.structure.path(index, name)
         rows = self._rows(site_before(layer), source, size, path)
-        part = linear_part(layer, path)
+        part = self._part(block, index, name, rows)
         self.program.multiply([Product(part.weight, part.bias, source, self.stream, rows, add=True, factor=factor)])
 
     def _head(self, head: Linear) -> None:
@@ -259,6 +267,10 @@ class _Compiler:
                 source = self._normalise(norm_part(norm, "the final norm"), self.normed, "the final norm")
         factor = 1.0 / float(getattr(self.config, "logits_scaling", 1.0) or 1.0)
         self.program.multiply([Product(head.weight, head.bias, source, self.program.logits, factor=factor)])
+
+
+def _weight_bytes(model: nn.Module) -> int:
+    return sum(storage_bytes(tensors_of([model])).values())
 
 
 def _matrix(weight: Tensor, path: str) -> Linear:

@@ -78,6 +78,8 @@ class Program:
         """Tensors that operations point into."""
         self._shared_end, self._own_end, self._rows_end = _LINE, _LINE, 0
         self._pending = _Pending()
+        self.products: list[Product] = []
+        """Every product of a step, for counting what it reads."""
         self.logits = self.shared(vocabulary, stride=-(-vocabulary // _LINE) * _LINE)
 
     def shared(self, size: int, stride: int | None = None) -> Buffer:
@@ -136,6 +138,7 @@ class Program:
     def multiply(self, products: list[Product]) -> None:
         """Matrices times vectors; products given together share out their blocks between the threads."""
         head = len(self.operations)
+        self.products += products
         writes: list[tuple[Any, Any]] = [(product.to, None) for product in products]
         reads = [pair for product in products for pair in _whole(product.source)] + [(p.to, None) for p in products if p.add]
         for product in products:
@@ -203,6 +206,12 @@ class LoadedProgram:
         self._step.threads = self.threads
         library.fusebox_step(ctypes.byref(self._step))
         return self._logits[: len(tokens)]
+
+    def weight_bytes_per_step(self, steps: int) -> int:
+        """Bytes of weights that a step reads, by the rows that were kept in `steps` steps so far."""
+        kept = {operation.rows: operation.kept for operation in self._operations if operation.kind == SELECT}
+        shares = [1.0 if p.rows is None else kept[p.rows.offset] / (max(1, steps) * p.rows.size) for p in self.program.products]
+        return round(sum(p.weight.nbytes * share for p, share in zip(self.program.products, shares, strict=True)))
 
     def kept_rows(self) -> list[int]:
         """Rows that each SELECT kept since the start, in program order."""

@@ -126,7 +126,7 @@ class TokenMajorLayer(CacheLayerMixin):
 class TokenMajorCache(Cache):
     """The KV cache of one text."""
 
-    layers: list[TokenMajorLayer]
+    layers: list[TokenMajorLayer]  # type: ignore[assignment]
 
     def __init__(self, storages: Sequence[Storage], limit: int | None) -> None:
         super().__init__(layers=[TokenMajorLayer(storage, limit) for storage in storages])

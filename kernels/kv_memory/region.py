@@ -88,7 +88,7 @@ class Region:
         if _LIBC.madvise(start, size, _POPULATE_WRITE) == 0:
             return
         code = ctypes.get_errno()
-        if code in (errno.ENOMEM, errno.EFAULT, errno.EHWPOISON):
+        if code in (errno.ENOMEM, errno.EFAULT):
             raise OutOfMemory(f"The KV cache needs {format_bytes(size)} more and the system has no memory left ({os.strerror(code)}). Start a new chat or use a shorter context.")
         for offset in range(0, size, mmap.PAGESIZE):  # kernels before 5.14: touch each page
             ctypes.memset(start + offset, 0, 1)

@@ -10,9 +10,10 @@
 
 enum { FLOAT32, BFLOAT16, INT8, INT4 };
 
-/* Packed weights [tiles][in][TILE]. scale: float [tiles * TILE] for INT8, bfloat16 [tiles][groups][TILE] for INT4. */
+/* Packed weights: TILE entries of one input channel and one tile side by side. by_row: [in][tiles][TILE], so that a channel's weights are one
+ * long piece; else [tiles][in][TILE]. scale: float [tiles * TILE] for INT8, bfloat16 [tiles][groups][TILE] for INT4. */
 struct matrix {
-    int64_t kind, in, out, group;
+    int64_t kind, in, out, group, by_row;
     const void *data, *scale;
     const float *bias;
 };

@@ -24,6 +24,10 @@ INLINE f32x16 as_f32(u32x16 bits) { f32x16 v; memcpy(&v, &bits, sizeof v); retur
 INLINE u32x16 as_u32(f32x16 v) { u32x16 bits; memcpy(&bits, &v, sizeof bits); return bits; }
 INLINE f32x16 splat(float v) { return (f32x16){0} + v; }
 
+#ifdef __AVX512F__ /* compilers take the general form of these apart, entry by entry */
+INLINE f32x16 load_bf16(const uint16_t *p) { return (f32x16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16); }
+INLINE f32x16 load_i8(const int8_t *p) { return (f32x16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p))); }
+#else
 INLINE f32x16 load_bf16(const uint16_t *p) {
     u16x16 half;
     memcpy(&half, p, sizeof half);
@@ -35,6 +39,7 @@ INLINE f32x16 load_i8(const int8_t *p) {
     memcpy(&q, p, sizeof q);
     return __builtin_convertvector(__builtin_convertvector(q, i32x16), f32x16);
 }
+#endif
 
 INLINE float one_f32(const float *p) { return *p; }
 INLINE float one_i8(const int8_t *p) { return (float)*p; }

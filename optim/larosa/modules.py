@@ -141,7 +141,7 @@ class ResidualAdapter(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         """weight: R [D, D]."""
         super().__init__()
-        self.linear = nn.Linear(*weight.shape, bias=False, device="meta")
+        self.linear = nn.Linear(weight.shape[0], weight.shape[1], bias=False, device="meta")
         self.linear.weight = nn.Parameter(weight.T.contiguous(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:

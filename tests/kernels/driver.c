@@ -38,12 +38,14 @@ int main(void) {
             for (int64_t kind = FLOAT32; kind <= INT4; kind++)
                 for (int sparse = 0; sparse < 2; sparse++) {
                     const void *data = kind == FLOAT32 ? (void *)wf : bytes, *scale = kind == INT8 ? scale8 : scale4;
-                    struct matrix w = {kind, in, out, group, data, scale, sparse ? bias : 0};
+                    for (int64_t by_row = 0; by_row < 2; by_row++) {
+                    struct matrix w = {kind, in, out, group, by_row, data, scale, sparse ? bias : 0};
                     const int32_t *chosen = sparse ? rows : 0;
                     int64_t count = sparse ? counts[3] : in, blocks = (out + BLOCK - 1) / BLOCK;
                     fusebox_gemv(&w, y, x, chosen, count);
                     for (int64_t tokens = 1; tokens <= MOST_TOKENS; tokens++)
                         fusebox_gemv_blocks(&w, many_y, out, many_x, in, chosen, count, tokens, blocks / 3, blocks, 0.5f, sparse);
+                    }
                 }
             free(many_x); free(many_y); free(x); free(y); free(bias); free(scale8); free(scale4); free(wf); free(bytes); free(rows);
         }

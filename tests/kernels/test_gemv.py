@@ -46,6 +46,10 @@ def test_some_channels_equal_the_reference_and_the_rest_is_not_read(kind: str, i
     poisoned = x.clone()
     poisoned[torch.ones(inside, dtype=torch.bool).index_fill(0, rows.long(), False)] = torch.nan
     assert SUM_ORDER.holds(gemv(poisoned, packed, bias, rows), wanted)
+    together = packed.rows_together()
+    assert torch.equal(unpack(together), unpack(packed))
+    assert SUM_ORDER.holds(gemv(poisoned, together, bias, rows), wanted)
+    assert SUM_ORDER.holds(gemv(x, together, bias), gemv_reference(x, packed, bias))
 
 
 @pytest.mark.parametrize("kind", KINDS)
