@@ -32,12 +32,13 @@ TEMPERATURES = (1.0, 1.1, 1.25, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0)
 
 @dataclass(frozen=True)
 class Reference:
-    """The dense model on the text: windows, what it predicts [tokens, vocab_size] for each, its loss.
+    """The dense model on the text: windows, its choice of each token, its logits [tokens, vocab_size] in bfloat16, its loss.
 
     tempered_nats: the loss with all logits divided by each of TEMPERATURES.
     """
 
     windows: tuple[Tensor, ...]
+    choices: tuple[Tensor, ...]
     predictions: tuple[Tensor, ...]
     tempered_nats: tuple[float, ...]
     text_bytes: int
@@ -61,15 +62,16 @@ def dense_reference(bundle: Bundle, texts: Sequence[str], tokens: int, exempt: i
         windows = calibration_windows(bundle, texts, tokens, min(WINDOW, bundle.context_length))
     except CalibrationError as error:
         raise CalibrationError(f"To score on: {error}") from error
-    predictions, nats, text_bytes, scored = [], [0.0] * len(TEMPERATURES), 0, 0
+    choices, predictions, nats, text_bytes, scored = [], [], [0.0] * len(TEMPERATURES), 0, 0
     for window in windows:
         targets = window[0, max(1, exempt) :]
         logits = sparse_logits(structure, (), window, exempt)
         nats = [a + b for a, b in zip(nats, _tempered(logits, targets), strict=True)]
+        choices.append(logits.argmax(-1))
         predictions.append(logits.bfloat16())
         text_bytes += len(str(bundle.tokenizer.decode(targets, skip_special_tokens=True)).encode())
         scored += len(targets)
-    return Reference(tuple(windows), tuple(predictions), tuple(nats), text_bytes, scored)
+    return Reference(tuple(windows), tuple(choices), tuple(predictions), tuple(nats), text_bytes, scored)
 
 
 def _tempered(logits: Tensor, targets: Tensor) -> list[float]:
@@ -83,10 +85,10 @@ def score_variant(bundle: Bundle, technique: LaRoSA, prepared: Prepared, referen
         sites = sites_of(bundle.model)
         nats, same, divergence = [0.0] * len(TEMPERATURES), 0, 0.0
         with counting(sites):
-            for window, dense in zip(reference.windows, reference.predictions, strict=True):
+            for window, chosen, dense in zip(reference.windows, reference.choices, reference.predictions, strict=True):
                 logits = sparse_logits(structure, sites, window, technique.exempt)
                 nats = [a + b for a, b in zip(nats, _tempered(logits, window[0, max(1, technique.exempt) :]), strict=True)]
-                same += int((logits.argmax(-1) == dense.argmax(-1)).sum())
+                same += int((logits.argmax(-1) == chosen).sum())
                 divergence += float(kl_div(logits.log_softmax(-1), dense.float().log_softmax(-1), reduction="sum", log_target=True))
         seen = measured(structure, sites)
         return {

@@ -267,4 +267,4 @@ def test_the_same_technique_twice_is_refused_whatever_its_settings() -> None:
 
 
 def test_stages_are_in_the_order_of_a_request() -> None:
-    assert [s.name for s in sorted(Stage)] == ["PROMPT", "VOCAB", "HEADS", "WEIGHTS", "ACTIVATIONS", "CACHE", "STORE"]
+    assert [s.name for s in sorted(Stage)] == ["PROMPT", "VOCAB", "HEADS", "WEIGHTS", "ACTIVATIONS", "PACKING", "CACHE", "STORE", "RUNTIME"]

@@ -274,7 +274,7 @@ def fake_answer(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tokens: Sequenc
             yield Prefilled(20, 100.5, 101.0)
         for token, at_s in tokens:
             yield TokenDecoded(token, at_s)
-        yield Finished(reason, 1000 if prefilled else None, 2000 if prefilled else None)
+        yield Finished(reason, 1000 if prefilled else None, 2000 if prefilled else None, 1500 if prefilled else None)
 
     monkeypatch.setattr(engine_module, "generate", generate)
     monkeypatch.setattr(engine_module, "time", SimpleNamespace(perf_counter=lambda: 100.0))
@@ -293,7 +293,7 @@ def test_time_metrics_of_known_times(shared_bundle: Bundle, monkeypatch: pytest.
     assert metrics.decode_tok_s == 4 / 4.25
     assert metrics.chars_s == 5 / 6.25
     assert metrics.chars_s_per_gib == pytest.approx(5 / 6.25 * 2**30 / (metrics.weights_in_use_bytes + 1000))  # type: ignore[operator]
-    assert (metrics.kv_in_use_bytes, metrics.kv_reserved_bytes) == (1000, 2000)
+    assert (metrics.kv_in_use_bytes, metrics.kv_committed_bytes, metrics.kv_reserved_bytes) == (1000, 1500, 2000)
 
 
 def unmeasured(metrics: ChatMetrics) -> set[str]:
@@ -320,7 +320,7 @@ def test_answer_of_no_token_has_no_time_to_the_first_one(shared_bundle: Bundle, 
 
 def test_answer_stopped_in_the_prefill_has_no_times_at_all(shared_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     answer = fake_answer(shared_bundle, monkeypatch, [], prefilled=False, reason="stopped")
-    assert unmeasured(answer.metrics) == QUALITY | OF_GAPS | OF_TOKENS | {"prefill_tok_s", "kv_in_use_bytes", "kv_reserved_bytes"}
+    assert unmeasured(answer.metrics) == QUALITY | OF_GAPS | OF_TOKENS | {"prefill_tok_s", "kv_in_use_bytes", "kv_committed_bytes", "kv_reserved_bytes"}
     assert answer.gaps_s == ()
 
 

@@ -204,7 +204,7 @@ def test_independent_numpy_rotation_of_two_layers(family_bundle: BundleOf) -> No
         "model.layers.0.self_attn.o_proj.weight": q0.T @ as_np["model.layers.0.self_attn.o_proj.weight"],
         "model.layers.1.self_attn.v_proj.weight": as_np["model.layers.1.self_attn.v_proj.weight"] * gain @ q1,
         "model.layers.1.mlp.down_proj.weight": q1.T @ as_np["model.layers.1.mlp.down_proj.weight"],
-        "model.layers.1.residual_adapter.weight": q0.T @ q1,
+        "model.layers.1.residual_adapter.linear.weight": (q0.T @ q1).T,
         "lm_head.weight": as_np["model.embed_tokens.weight"] * as_np["model.norm.weight"] @ q1,
     }
     for name, value in wanted.items():
