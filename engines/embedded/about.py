@@ -19,5 +19,5 @@ def about_embedded_chat() -> str:
     millions = index["metadata"]["total_size"] / 2 / 1e6  # bf16
     return (
         f"The embedded model has {millions:.1f} million parameters and was trained from scratch for this app on {topics} topics of science, computing and AI. "
-        "It recalls a short fact you gave it and mostly says so when it does not know; follow-up questions and summaries are weak. It is there to try techniques on."
+        "It recalls a short fact you gave it, shortens a text and mostly says so when it does not know; follow-up questions often miss. It is there to try techniques on."
     )
