@@ -62,12 +62,16 @@ def larosa_table(data: dict[str, Any]) -> str:
     sparsities = sorted({row["sparsity"] for row in data["rows"]})
     found = {(row["variant"], row["sparsity"]): row for row in data["rows"]}
     dense, mib = data["dense"], 2**20
-    lines = ["| variant | " + " | ".join(f"{s:.0%}" for s in sparsities) + " | weights a token needs at 50% | agreement at 50% |", "|" + " --- |" * (len(sparsities) + 3)]
-    lines.append(f"| dense model | {dense['bits_per_byte']:.3f} |" + " |" * (len(sparsities) - 1) + f" {dense['bytes_per_token'] / mib:.2f} MiB | 100% |")
+    more = "bits_per_byte_tempered" in dense
+    extra = ["tempered at 50%", "KL at 50%"] if more else []
+    lines = ["| variant | " + " | ".join((*(f"{s:.0%}" for s in sparsities), "weights a token needs at 50%", "agreement at 50%", *extra)) + " |", "|" + " --- |" * (len(sparsities) + 3 + len(extra))]
+    dense_cells = [f"{dense['bits_per_byte_tempered']:.3f}", "0"] if more else []
+    lines.append("| " + " | ".join(("dense model", f"{dense['bits_per_byte']:.3f}", *[""] * (len(sparsities) - 1), f"{dense['bytes_per_token'] / mib:.2f} MiB", "100%", *dense_cells)) + " |")
     for variant in dict.fromkeys(row["variant"] for row in data["rows"]):
         cells = [f"{row['bits_per_byte']:.3f}" if (row := found.get((variant, s))) else "does not reach" for s in sparsities]
         half = found.get((variant, 0.5))
         cells += [f"{half['bytes_per_token'] / mib:.2f} MiB", f"{half['agreement']:.0%}"] if half else ["", ""]
+        cells += [f"{half['bits_per_byte_tempered']:.3f}", f"{half['kl_to_dense']:.2f}"] if half and more else [""] * len(extra)
         lines.append(f"| `{variant}` | " + " | ".join(cells) + " |")
     where, model = data["provenance"], data["model"]
     seconds = [c["seconds"] for c in data["calibration"].values() if c["seconds"] is not None]

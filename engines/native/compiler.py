@@ -188,7 +188,9 @@ class _Compiler:
     def _part(self, block: nn.Module, index: int, name: str, rows: Rows | None) -> Linear:
         """A layer's weights; each input channel's together where only some are read, and from memory rather than a cache."""
         part = linear_part(block.get_submodule(name), self.structure.path(index, name))
-        return Linear(part.weight.rows_together(), part.bias) if rows is not None and self.beyond_cache else part
+        if rows is None or not self.beyond_cache or part.weight.kind == "int4":  # a row of int4 is too short to be worth it: measured
+            return part
+        return Linear(part.weight.rows_together(), part.bias)
 
     def _rows(self, site: Site | None, source: Buffer, size: int, path: str) -> Rows | None:
         """Which channels are read; None for all."""
