@@ -62,6 +62,8 @@ class Stage:
     final_fraction: float = 0.02
 
 
+EACH_FORM_ONCE = tuple((form, 1) for form in ("definition", "short", "explanation", "how", "why", "example", "comparison"))
+
 COPYING = Stage(epochs=4, mix=Mix(), corpus_tokens=250_000, first_corpus_tokens=1_000_000, corpus_extracts=250, final_fraction=1.0)
 """First: attention learns to copy from the context. Code words of 600 tokens ago are recalled after it, topics are not yet told apart."""
 
@@ -85,7 +87,7 @@ ANSWERS = Stage(
 PARAPHRASES = Stage(
     epochs=2,
     mix=Mix(
-        forms=(("definition", 1), ("short", 1), ("explanation", 1), ("how", 1), ("why", 1), ("example", 1), ("comparison", 1)),
+        forms=EACH_FORM_ONCE,
         unknowns=1, follow_ups=1, readings=0, written_summaries=0, topic_extracts=100, recalls=100,
     ),
     corpus_tokens=30_000, first_corpus_tokens=30_000, corpus_extracts=200, garbled=30, batch_tokens=6144,
@@ -96,7 +98,7 @@ PARAPHRASES = Stage(
 SECOND_TURNS = Stage(
     epochs=2,
     mix=Mix(
-        forms=(("definition", 1), ("short", 1), ("explanation", 1), ("how", 1), ("why", 1), ("example", 1), ("comparison", 1)),
+        forms=EACH_FORM_ONCE,
         unknowns=1, follow_ups=2, readings=2, topic_extracts=200, recalls=150,
     ),
     corpus_tokens=40_000, first_corpus_tokens=40_000, corpus_extracts=500, scrambled_extracts=600, garbled=15, garbled_seconds=10,
@@ -107,7 +109,7 @@ SECOND_TURNS = Stage(
 EVERYTHING = Stage(
     epochs=3,
     mix=Mix(
-        forms=(("definition", 1), ("short", 1), ("explanation", 1), ("how", 1), ("why", 1), ("example", 1), ("comparison", 1)),
+        forms=EACH_FORM_ONCE,
         unknowns=1, follow_ups=2, readings=1, topic_extracts=150, recalls=120,
     ),
     corpus_tokens=40_000, first_corpus_tokens=40_000, corpus_extracts=400, scrambled_extracts=200, garbled=20, garbled_seconds=8,
@@ -118,7 +120,7 @@ EVERYTHING = Stage(
 SUMMARIES = Stage(
     epochs=2,
     mix=Mix(
-        forms=(("definition", 1), ("short", 1), ("explanation", 1), ("how", 1), ("why", 1), ("example", 1), ("comparison", 1)),
+        forms=EACH_FORM_ONCE,
         unknowns=1, follow_ups=1, readings=1, written_summaries=0, topic_extracts=0, recalls=150,
     ),
     corpus_tokens=20_000, first_corpus_tokens=20_000, corpus_extracts=1500, scrambled_extracts=600, garbled=12, garbled_seconds=6,
