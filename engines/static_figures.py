@@ -37,14 +37,15 @@ def quality_against_bytes(data: dict[str, Any], title: str) -> Figure:
         )
     axes.axhline(dense["bits_per_byte"], color="#808793", linewidth=1, zorder=0)
     axes.axvline(dense["bytes_per_token"] / scale, color="#808793", linewidth=1, zorder=0)
-    best = min(r["bits_per_byte"] for r in data["rows"])
-    axes.set_ylim(best * 0.98, best * 2.2)
+    seen = [r["bits_per_byte"] for r in data["rows"]]
+    best, highest = min(*seen, dense["bits_per_byte"]), min(max(seen), 2.2 * min(seen))  # far beyond, nothing can be read of the rest
+    axes.set_ylim(best - 0.06 * (highest - best), highest + 0.06 * (highest - best) + 1e-3)
     axes.set_xlabel("weights a token needs, MiB (adapters and head included)")
     axes.set_ylabel("bits per byte, lower is better")
     axes.set_title(title, loc="left", fontsize=10)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper right")
     return figure
 
 
