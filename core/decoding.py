@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.bundle import Bundle
 from core.phase import reading_prompt
@@ -14,6 +16,16 @@ from core.progress import Stop
 
 PREFILL_CHUNK = 512
 """Prompt tokens per forward call; Stop is looked at between two of them."""
+
+
+def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """The cache under the name that the model's forward takes: `cache` from transformers 5.24 on, `past_key_values` before."""
+    return {_cache_name(type(model)): cache}
+
+
+@functools.lru_cache(maxsize=64)
+def _cache_name(kind: type[nn.Module]) -> str:
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
 
 
 @torch.inference_mode()
@@ -25,7 +37,7 @@ def prefill(bundle: Bundle, ids: Sequence[int], cache: Any, stop: Stop) -> Tenso
             return None
         chunk = torch.tensor([list(ids[start : start + PREFILL_CHUNK])], device=bundle.device)
         with reading_prompt(True):
-            logits = bundle.model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+            logits = bundle.model(input_ids=chunk, **cache_argument(bundle.model, cache), use_cache=True, logits_to_keep=1).logits[0, -1]
     return logits
 
 
@@ -36,5 +48,5 @@ def decode_one_token(bundle: Bundle, token: int, cache: Any) -> Tensor:
         return bundle.decoder([token], cache)[0].clone()
     ids = torch.tensor([[token]], device=bundle.device)
     with reading_prompt(False):
-        logits: Tensor = bundle.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+        logits: Tensor = bundle.model(input_ids=ids, **cache_argument(bundle.model, cache), use_cache=True, logits_to_keep=1).logits[0, -1]
     return logits

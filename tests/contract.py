@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from core.bundle import Bundle
+from core.decoding import cache_argument
 from core.errors import FuseboxError, IncompatibleTechniques, UnsupportedModel
 from core.prepared_cache import cached_prepare
 from core.reversible import Edits
@@ -112,7 +113,7 @@ def logits_of(bundle: Bundle, text: str = PROMPT) -> Tensor:
     ids = torch.tensor([bundle.tokenizer(bundle.filter_prompt(text), add_special_tokens=False)["input_ids"]])
     cache = bundle.cache_factory()
     steps = [ids[:, :-DECODED], *ids[:, -DECODED:].split(1, dim=1)]
-    return torch.cat([bundle.model(input_ids=step, past_key_values=cache, use_cache=True).logits[0] for step in steps])
+    return torch.cat([bundle.model(input_ids=step, **cache_argument(bundle.model, cache), use_cache=True).logits[0] for step in steps])
 
 
 def weight_bytes_of(bundle: Bundle, paths: Sequence[str]) -> int:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from core.phase import is_prompt
 from optim.larosa.ops import keep_above, keep_largest
@@ -21,10 +21,7 @@ class TokenPosition(threading.local):
 
     def note(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the decoder, however its cache is handed over."""
-        cache = kwargs.get("past_key_values")
-        if cache is None and args:
-            names = list(inspect.signature(model.forward).parameters)
-            cache = dict(zip(names, args, strict=False)).get("past_key_values")
+        cache = next((given for given in (*kwargs.values(), *args) if isinstance(given, Cache)), None)
         self.start = int(cache.get_seq_length()) if cache is not None else 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TokenPosition:

@@ -12,6 +12,7 @@ from transformers import BloomConfig, BloomForCausalLM, DynamicCache
 from compression.quant.technique import BnbInt8, BnbNf4
 from core.architectures import FAMILIES
 from core.bundle import Bundle, ModelInfo, storage_bytes, tensors_of, weight_bytes
+from core.decoding import cache_argument
 from core.reversible import Edits
 from tests import contract, families
 
@@ -41,7 +42,7 @@ def test_each_request_gets_its_own_empty_cache(llama: Bundle) -> None:
     one, two = llama.cache_factory(), llama.cache_factory()
     assert isinstance(one, DynamicCache) and one is not two
     with torch.inference_mode():
-        llama.model(input_ids=torch.tensor([[3, 4, 5]]), past_key_values=one)
+        llama.model(input_ids=torch.tensor([[3, 4, 5]]), **cache_argument(llama.model, one))
     assert one.get_seq_length() == 3 and two.get_seq_length() == 0 and llama.cache_factory().get_seq_length() == 0
 
 

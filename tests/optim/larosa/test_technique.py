@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from core.bundle import Bundle, ModelInfo
 from core.calibration import calibration_windows
-from core.decoding import prefill
+from core.decoding import cache_argument, prefill
 from core.errors import CalibrationError, IncompatibleTechniques, InvalidRequest, UnsupportedModel
 from core.evaluation import decode_logits
 from core.phase import reading_prompt
@@ -226,10 +226,10 @@ def test_cache_is_seen_however_it_is_handed_over(llama: Bundle) -> None:
     with technique.apply(llama, cached_prepare(technique, llama)):
         sites = sites_of(llama.model)
         for call in (
-            lambda cache: model(token, past_key_values=cache), lambda cache: model(token, None, None, cache), lambda cache: model.model(token, None, None, cache),
+            lambda cache: model(token, **cache_argument(model, cache)), lambda cache: model(token, None, None, cache), lambda cache: model.model(token, None, None, cache),
         ):
             cache = llama.cache_factory()
-            model(torch.tensor([IDS[:20]]), past_key_values=cache)
+            model(torch.tensor([IDS[:20]]), **cache_argument(model, cache))
             with counting(sites):
                 call(cache)
             assert measured(structure_of(llama.model, "test"), sites).sparsity == pytest.approx(0.5, abs=0.01)
@@ -241,7 +241,7 @@ def test_several_decoded_tokens_at_once_are_sparse_too(llama: Bundle) -> None:
         cache = llama.cache_factory()
         prefill(llama, IDS[:20], cache, Stop())
         with counting(sites_of(llama.model)), reading_prompt(False):
-            llama.model(input_ids=torch.tensor([IDS[20:23]]), past_key_values=cache)
+            llama.model(input_ids=torch.tensor([IDS[20:23]]), **cache_argument(llama.model, cache))
         assert sum(site.rows for site in sites_of(llama.model) if site.kind == "mlp") == 3 * 2
 
 
