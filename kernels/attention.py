@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.arguments import check_float32, pointers, sizes
 from kernels.build import native
-from kernels.structures import Cached, address, kind_of
+from kernels.structures import GROUP, Cached, address, kind_of
 
 
 def attention(
@@ -47,7 +47,7 @@ def attention(
         k, v = (t[first:count].float() * (1 if s is None else s[first:count, :, None]) for t, s in ((keys, key_scales), (values, value_scales)))
         return attention_reference(q, k, v, scale)
     cached = Cached(kind_of(keys.dtype), keys.shape[1], values.shape[1], q.shape[1], values.shape[2], *map(address, (keys, values, key_scales, value_scales)))
-    out, scores = torch.empty(heads, values.shape[2]), torch.empty(heads, count)
+    out, scores = torch.empty(heads, values.shape[2]), torch.empty(torch.get_num_threads() * GROUP * count)
     library.fusebox_attention(*pointers(out, q), ctypes.byref(cached), *sizes(heads, first, count), ctypes.c_float(scale), *pointers(scores))
     return out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +13,9 @@ from kernels.structures import KIND_NUMBERS, Matrix, address
 
 TILE = 128
 """Outputs of one tile; the same number as in source/fusebox.h."""
+
+BLOCK = 64
+"""Outputs that a thread takes at least; the same number as there."""
 
 KINDS = ("float32", "bfloat16", "int8", "int4")
 _MIDDLE = 8
@@ -56,6 +60,20 @@ class PackedWeight:
     def matrix(self, bias: Tensor | None = None) -> Matrix:
         """For the C library; it points into these tensors and into `bias` [out_features] float32, which must outlive it."""
         return Matrix(KIND_NUMBERS[self.kind], self.in_features, self.out_features, self.group_size, self.by_row, address(self.data), address(self.scale), address(bias))
+
+
+def side_by_side(weights: Sequence[PackedWeight]) -> PackedWeight:
+    """Matrices over the same input as one, all of an input channel's weights in one piece; each matrix begins at a whole tile.
+
+    Raises:
+        ValueError: kinds, inputs or groups differ.
+    """
+    first = weights[0]
+    if any((w.kind, w.in_features, w.group_size) != (first.kind, first.in_features, first.group_size) for w in weights):
+        raise ValueError("matrices that lie side by side must have the same kind, inputs and groups")
+    data = in_huge_pages(torch.cat([w.tiles.transpose(0, 1) for w in weights], 1))
+    scale = None if first.scale is None else torch.cat([w.scale for w in weights])  # type: ignore[misc]
+    return PackedWeight(first.kind, sum(-(-w.out_features // TILE) * TILE for w in weights), first.in_features, data, scale, first.group_size, True)
 
 
 def _tiles(weight: Tensor) -> Tensor:

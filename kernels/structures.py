@@ -14,6 +14,8 @@ FLOAT32, BFLOAT16, INT8, INT4 = range(4)
 KIND_NUMBERS = {"float32": FLOAT32, "bfloat16": BFLOAT16, "int8": INT8, "int4": INT4}
 MOST_TOKENS = 4
 """Tokens that one step takes at most."""
+GROUP = 4
+"""Query heads that go through the cache together: scores need room for so many."""
 
 
 class Matrix(ctypes.Structure):

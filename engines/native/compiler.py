@@ -28,12 +28,14 @@ from engines.native.program import (
     TOP_K,
     Buffer,
     LoadedProgram,
+    Output,
     Product,
     Program,
     Rows,
 )
 from kernels.kv_memory.layout import KVLayout
-from kernels.structures import address, kind_of
+from kernels.packing import BLOCK, TILE, side_by_side
+from kernels.structures import GROUP, address, kind_of
 from optim.larosa.modules import ResidualAdapter, Site, TokenPosition
 from optim.larosa.structure import Structure
 
@@ -68,12 +70,12 @@ def compile_program(model: PreTrainedModel, context: int, threads: int) -> Compi
     Raises:
         NotNative: a part has no native counterpart; names it.
     """
-    return _Compiler(model, context).compile(threads)
+    return _Compiler(model, context, threads).compile()
 
 
 class _Compiler:
-    def __init__(self, model: PreTrainedModel, context: int) -> None:
-        self.model, self.context = model, context
+    def __init__(self, model: PreTrainedModel, context: int, threads: int) -> None:
+        self.model, self.context, self.threads = model, context, threads
         self.config: Any = model.config.get_text_config()
         self.family = family_of(model)
         if self.family == "opt_post_norm":
@@ -92,16 +94,17 @@ class _Compiler:
         self.beyond_cache = _weight_bytes(model) > last_level_cache_bytes()
         self.rotated: dict[Buffer, Buffer] = {}
 
-    def compile(self, threads: int) -> Compiled:
+    def compile(self) -> Compiled:
         """The whole program."""
         blocks = self.structure.blocks
         qkv_width = (self.heads + 2 * self.key_heads) * self.head_dim
         middle = max(_out_features(block.get_submodule(name)) for block in blocks for name in self.architecture.mlp_in)
         head = linear_part(self.model.get_output_embeddings(), "the output head")
-        self.program = program = Program(max(self.width, qkv_width, middle, self.heads * self.head_dim), len(blocks), head.weight.out_features)
+        self.program = program = Program(max(self.width, qkv_width, middle, self.heads * self.head_dim), len(blocks), head.weight.out_features, self.threads)
         self.stream, self.other = program.shared(self.width), program.shared(self.width)
         self.qkv, self.attended = program.shared(qkv_width), program.shared(self.heads * self.head_dim)
         self.gate, self.up = program.shared(middle), program.shared(middle)
+        self.sums = program.sums(_whole_tiles(max(qkv_width + 3 * TILE, 2 * (middle + TILE), self.width)))
         self.normed, self.normed_too = program.own(self.width), program.own(self.width)
         self._embed()
         self.rope = self._rope_tables()
@@ -111,7 +114,7 @@ class _Compiler:
         kept = {id(t): t for item in program.keep for t in _tensors(item)}
         known = {t.data_ptr() for t in (*self.model.parameters(), *self.model.buffers())}
         layout = KVLayout(self.key_heads, self.key_heads, self.head_dim, self._dtype())
-        loaded = program.finish(threads, self.context)
+        loaded = program.finish(GROUP * self.context)
         return Compiled(loaded, (layout,) * len(blocks), Weights([t for t in kept.values() if t.data_ptr() not in known]), tuple(self.sites))
 
     def _dtype(self) -> torch.dtype:
@@ -185,12 +188,27 @@ class _Compiler:
         self._product(_matrix(part.rotation.T, path), to, rotated)
         return rotated
 
-    def _part(self, block: nn.Module, index: int, name: str, rows: Rows | None) -> Linear:
-        """A layer's weights; each input channel's together where only some are read, and from memory rather than a cache."""
-        part = linear_part(block.get_submodule(name), self.structure.path(index, name))
-        if rows is None or not self.beyond_cache or part.weight.kind == "int4":  # a row of int4 is too short to be worth it: measured
-            return part
-        return Linear(part.weight.rows_together(), part.bias)
+    def _part(self, block: nn.Module, index: int, name: str) -> Linear:
+        return linear_part(block.get_submodule(name), self.structure.path(index, name))
+
+    def _multiply(self, parts: Sequence[Linear], source: Buffer, rows: Rows | None, to: Sequence[Buffer], heads: Sequence[int], *, add: bool = False, factor: float = 1.0) -> None:
+        """Layers over the same input; threads share out the input channels where that reads longer pieces or divides more evenly.
+
+        heads: pieces in which each output is read next, 0 for any.
+        """
+        if rows is not None and self.beyond_cache:
+            weight = side_by_side([p.weight for p in parts])
+        elif len(parts) == 1 and rows is None and _is_uneven(parts[0].weight.out_features, self.threads):
+            weight = parts[0].weight
+        else:
+            self.program.multiply([Product(p.weight, p.bias, source, at, rows, add, factor) for p, at in zip(parts, to, strict=True)])
+            return
+        outputs, start = [], 0
+        for part, at, pieces in zip(parts, to, heads, strict=True):
+            scale = part.weight.scale if part.weight.kind == "int8" else None
+            outputs.append(Output(at, part.weight.out_features, start, scale, part.bias, pieces, add, factor))
+            start += _whole_tiles(part.weight.out_features)
+        self.program.multiply_in_parts(weight, source, rows, self.sums, outputs)
 
     def _rows(self, site: Site | None, source: Buffer, size: int, path: str) -> Rows | None:
         """Which channels are read; None for all."""
@@ -209,12 +227,11 @@ class _Compiler:
         spread = 3 * self.head_dim if by_head else self.head_dim
         starts = [0, self.head_dim, 2 * self.head_dim] if by_head else [0, self.heads * self.head_dim, (self.heads + self.key_heads) * self.head_dim]
         if a.fused:
-            part = self._part(block, index, a.qkv[0], rows)
-            program.multiply([Product(part.weight, part.bias, source, self.qkv, rows)])
-            program.written(self.qkv + starts[1], self.qkv + starts[2])
+            self._multiply([self._part(block, index, a.qkv[0])], source, rows, [self.qkv], [0])
+            program.written(*(self.qkv + start for start in starts))
         else:
-            parts = [self._part(block, index, name, rows) for name in a.qkv]
-            program.multiply([Product(p.weight, p.bias, source, self.qkv + start, rows) for p, start in zip(parts, starts, strict=True)])
+            parts = [self._part(block, index, name) for name in a.qkv]
+            self._multiply(parts, source, rows, [self.qkv + start for start in starts], [self.heads, self.key_heads, self.key_heads])
         q, k, v = (self.qkv + start for start in starts)
         for buffer, heads, norm in ((q, self.heads, "q_norm"), (k, self.key_heads, "k_norm")):
             how = [(buffer, ("heads", heads))]
@@ -249,17 +266,16 @@ class _Compiler:
         gate_module = block.get_submodule(self.structure.gate) if self.structure.gate else None
         if gate_module is not None and isinstance(getattr(gate_module, "activation_site", None), Site):
             raise NotNative("activations dropped behind the gate (CATS)")
-        parts = [self._part(block, index, name, rows) for name in a.mlp_in]
-        program.multiply([Product(p.weight, p.bias, source, to, rows) for p, to in zip(parts, (self.gate, self.up), strict=False)])
+        parts = [self._part(block, index, name) for name in a.mlp_in]
+        self._multiply(parts, source, rows, [self.gate, self.up][: len(parts)], [0] * len(parts))
         gated = len(parts) == 2
-        program.emit(ACTIVATE, reads=[(self.gate, None), *([(self.up, None)] if gated else [])], writes=[(self.gate, "entries")], from_=self.gate.operand, to=self.gate.operand,
+        program.emit(ACTIVATE, reads=[(self.gate, "entries"), *([(self.up, "entries")] if gated else [])], writes=[(self.gate, "entries")], from_=self.gate.operand, to=self.gate.operand,
                      gated=self.up.operand if gated else 0, n=parts[0].weight.out_features, mode=_ACTIVATIONS[kind])
 
     def _write(self, block: nn.Module, index: int, name: str, source: Buffer, size: int, factor: float) -> None:
         layer, path = block.get_submodule(name), self.structure.path(index, name)
         rows = self._rows(site_before(layer), source, size, path)
-        part = self._part(block, index, name, rows)
-        self.program.multiply([Product(part.weight, part.bias, source, self.stream, rows, add=True, factor=factor)])
+        self._multiply([self._part(block, index, name)], source, rows, [self.stream], [0], add=True, factor=factor)
 
     def _head(self, head: Linear) -> None:
         source = self.stream
@@ -269,6 +285,16 @@ class _Compiler:
                 source = self._normalise(norm_part(norm, "the final norm"), self.normed, "the final norm")
         factor = 1.0 / float(getattr(self.config, "logits_scaling", 1.0) or 1.0)
         self.program.multiply([Product(head.weight, head.bias, source, self.program.logits, factor=factor)])
+
+
+def _whole_tiles(size: int) -> int:
+    return -(-size // TILE) * TILE
+
+
+def _is_uneven(outputs: int, threads: int) -> bool:
+    """Whether the thread with the most blocks of outputs works over 4 % longer than the mean."""
+    blocks = -(-outputs // BLOCK)
+    return -(-blocks // threads) > 1.04 * blocks / threads
 
 
 def _weight_bytes(model: nn.Module) -> int:

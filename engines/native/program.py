@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels.packing import PackedWeight
 from kernels.structures import MOST_TOKENS, Cached, Operation, Step, address
 
-EMBED, ADD_ROW, NORM, SELECT, GEMV, ROTATE, HEAD_NORM, APPEND, ATTEND, ACTIVATE = range(10)
+EMBED, ADD_ROW, NORM, SELECT, GEMV, ROTATE, HEAD_NORM, APPEND, ATTEND, ACTIVATE, PART, JOIN = range(12)
 TOP_K, ABOVE, NONZERO = range(3)
 _LINE = 16
 """Floats of one cache line: buffers begin at a multiple of it."""
@@ -68,11 +68,12 @@ class Program:
         stride: the widest vector but for the logits.
         layers: of the model.
         vocabulary: logits a token.
+        threads: that run it.
     """
 
-    def __init__(self, stride: int, layers: int, vocabulary: int) -> None:
+    def __init__(self, stride: int, layers: int, vocabulary: int, threads: int) -> None:
         self.stride = -(-stride // _LINE) * _LINE
-        self.layers, self.vocabulary = layers, vocabulary
+        self.layers, self.vocabulary, self.threads = layers, vocabulary, threads
         self.operations: list[Operation] = []
         self.keep: list[Any] = []
         """Tensors that operations point into."""
@@ -86,6 +87,12 @@ class Program:
         """A new buffer that threads share."""
         buffer = Buffer(self._shared_end, size, False)
         self._shared_end += MOST_TOKENS * (stride or self.stride)
+        return buffer
+
+    def sums(self, width: int) -> Buffer:
+        """Room for every thread's sums over its part of the input channels, `width` a token."""
+        buffer = Buffer(self._shared_end, width, False)
+        self._shared_end += self.threads * MOST_TOKENS * width
         return buffer
 
     def own(self, size: int) -> Buffer:
@@ -152,9 +159,23 @@ class Program:
                 operation.rows, operation.counts = product.rows.offset, product.rows.counts
         self.operations[head].together = len(products)
 
-    def finish(self, threads: int, score_room: int) -> LoadedProgram:
+    def multiply_in_parts(self, weight: PackedWeight, source: Buffer, rows: Rows | None, sums: Buffer, outputs: list[Output]) -> None:
+        """One matrix times a vector, its input channels shared out between the threads; then the parts' sums are joined, output by output."""
+        self.products.append(Product(weight, None, source, sums, rows))
+        width = sums.size
+        operation = self.emit(PART, reads=_whole(source), writes=[(sums, None)], keep=(weight,), from_=source.operand, to=sums.operand, head_stride=width)
+        operation.matrix = weight.matrix()
+        if rows is not None:
+            operation.rows, operation.counts = rows.offset, rows.counts
+        for output in outputs:
+            how = [(output.to, ("heads", output.heads) if output.heads else "entries")]
+            joined = self.emit(JOIN, reads=[(sums, None), *(how if output.add else [])], writes=how, keep=(output.scale, output.bias), from_=(sums + output.start).operand,
+                               to=output.to.operand, head_stride=width, n=output.size, heads=output.heads, gain=address(output.scale), shift=address(output.bias), add=output.add)
+            joined.factor = output.factor
+
+    def finish(self, score_room: int) -> LoadedProgram:
         """The program with its memory."""
-        return LoadedProgram(self, threads, score_room, self._shared_end, self._own_end, self._rows_end)
+        return LoadedProgram(self, score_room, self._shared_end, self._own_end, self._rows_end)
 
 
 @dataclass(frozen=True)
@@ -170,6 +191,20 @@ class Product:
     factor: float = 1.0
 
 
+@dataclass(frozen=True)
+class Output:
+    """to[size] = factor * (scale * sums from `start` on + bias), or added to it; `heads`: in so many pieces, in any when 0."""
+
+    to: Buffer
+    size: int
+    start: int
+    scale: Tensor | None
+    bias: Tensor | None
+    heads: int = 0
+    add: bool = False
+    factor: float = 1.0
+
+
 def _whole(buffer: Buffer) -> list[tuple[Any, Any]]:
     return [] if buffer.own else [(buffer, None)]
 
@@ -177,8 +212,9 @@ def _whole(buffer: Buffer) -> list[tuple[Any, Any]]:
 class LoadedProgram:
     """Operations and memory as one C structure. One step at a time."""
 
-    def __init__(self, program: Program, threads: int, score_room: int, shared: int, own: int, rows: int) -> None:
-        self.program, self.threads = program, threads
+    def __init__(self, program: Program, score_room: int, shared: int, own: int, rows: int) -> None:
+        self.program, self.threads = program, program.threads
+        threads = program.threads
         self._operations = (Operation * len(program.operations))(*program.operations)
         self._layers = (Cached * program.layers)()
         own, rows = -(-own // _LINE) * _LINE + _LINE, -(-rows // _LINE) * _LINE + _LINE

@@ -1,8 +1,9 @@
 /* Attention of one token and head over cached ones, and the writing of the cache. */
 #include "fusebox.h"
 #include "vector.h"
+#include <omp.h>
 
-#define PASS 128 /* channels of the values that stay in registers while the tokens go by */
+#define PASS 4 /* vectors of the values that stay in registers, for each head, while the tokens go by */
 
 /* Write one head's vector as token `token` of the keys or the values. */
 void fusebox_append(const struct cached *kv, int64_t is_value, int64_t token, int64_t head, const float *x) {
@@ -22,49 +23,53 @@ void fusebox_append(const struct cached *kv, int64_t is_value, int64_t token, in
     }
 }
 
-/* One pair of functions a dtype: scores of the tokens, and their weighted values. */
+/* One pair of functions a dtype: scores of the tokens, and their weighted values, for `group` query heads that read the same cached
+ * head; q, scores and out of one follow the other's at a stride. `group` is a constant at every call. */
 #define DEFINE_PASSES(SUFFIX, TYPE)                                                                                        \
-    static void scores_##SUFFIX(float *restrict scores, const float *restrict q, const TYPE *restrict key, int64_t stride, \
-                                int64_t dim, int64_t tokens, float scale, const float *restrict scales, int64_t heads) {    \
+    INLINE void scores_##SUFFIX(float *restrict scores, int64_t room, const float *restrict q, int64_t q_stride, const TYPE *restrict key, \
+                                int64_t stride, int64_t dim, int64_t tokens, float scale, const float *restrict scales, int64_t heads, const int group) { \
         for (int64_t t = 0; t < tokens; t++, key += stride) {                                                              \
-            f32x16 sum = {0};                                                                                              \
+            f32x16 sum[GROUP] = {0};                                                                                       \
             int64_t j = 0;                                                                                                 \
-            for (; j + LANES <= dim; j += LANES) sum += load_f32(q + j) * load_##SUFFIX(key + j);                          \
-            float total = sum_of(sum);                                                                                     \
-            for (; j < dim; j++) total += q[j] * one_##SUFFIX(key + j);                                                    \
-            scores[t] = scale * total * (scales ? scales[t * heads] : 1.0f);                                               \
+            for (; j + LANES <= dim; j += LANES) {                                                                         \
+                f32x16 k = load_##SUFFIX(key + j);                                                                         \
+                for (int g = 0; g < group; g++) sum[g] += load_f32(q + g * q_stride + j) * k;                              \
+            }                                                                                                              \
+            float factor = scale * (scales ? scales[t * heads] : 1.0f);                                                    \
+            for (int g = 0; g < group; g++) {                                                                              \
+                float total = sum_of(sum[g]);                                                                              \
+                for (int64_t i = j; i < dim; i++) total += q[g * q_stride + i] * one_##SUFFIX(key + i);                    \
+                scores[g * room + t] = factor * total;                                                                     \
+            }                                                                                                              \
         }                                                                                                                  \
     }                                                                                                                      \
-    static void values_##SUFFIX(float *restrict out, const float *restrict shares, const TYPE *restrict value,             \
-                                int64_t stride, int64_t dim, int64_t tokens) {                                             \
+    INLINE void values_##SUFFIX(float *restrict out, int64_t out_stride, const float *restrict shares, int64_t room,       \
+                                const TYPE *restrict value, int64_t stride, int64_t dim, int64_t tokens, const int group) { \
         int64_t j = 0;                                                                                                     \
-        for (; j + PASS <= dim; j += PASS) {                                                                               \
-            f32x16 sum[PASS / LANES] = {0};                                                                                \
+        for (; j + PASS * LANES <= dim; j += PASS * LANES) {                                                               \
+            f32x16 sum[GROUP * PASS] = {0};                                                                                \
             for (int64_t t = 0; t < tokens; t++)                                                                           \
-                for (int v = 0; v < PASS / LANES; v++) sum[v] += shares[t] * load_##SUFFIX(value + t * stride + j + v * LANES); \
-            for (int v = 0; v < PASS / LANES; v++) store_f32(out + j + v * LANES, sum[v]);                                 \
-        }                                                                                                                  \
-        for (; j + 2 * LANES <= dim; j += 2 * LANES) {                                                                     \
-            f32x16 a = {0}, b = {0}, c = {0}, d = {0};                                                                     \
-            int64_t t = 0;                                                                                                 \
-            const TYPE *w = value + j;                                                                                     \
-            for (; t + 2 <= tokens; t += 2) {                                                                              \
-                a += shares[t] * load_##SUFFIX(w + t * stride), b += shares[t] * load_##SUFFIX(w + t * stride + LANES);    \
-                c += shares[t + 1] * load_##SUFFIX(w + (t + 1) * stride), d += shares[t + 1] * load_##SUFFIX(w + (t + 1) * stride + LANES); \
-            }                                                                                                              \
-            if (t < tokens) a += shares[t] * load_##SUFFIX(w + t * stride), b += shares[t] * load_##SUFFIX(w + t * stride + LANES); \
-            store_f32(out + j, a + c), store_f32(out + j + LANES, b + d);                                                  \
+                for (int v = 0; v < PASS; v++) {                                                                           \
+                    f32x16 w = load_##SUFFIX(value + t * stride + j + v * LANES);                                          \
+                    for (int g = 0; g < group; g++) sum[g * PASS + v] += shares[g * room + t] * w;                         \
+                }                                                                                                          \
+            for (int g = 0; g < group; g++)                                                                                \
+                for (int v = 0; v < PASS; v++) store_f32(out + g * out_stride + j + v * LANES, sum[g * PASS + v]);         \
         }                                                                                                                  \
         for (; j + LANES <= dim; j += LANES) {                                                                             \
-            f32x16 sum = {0};                                                                                              \
-            for (int64_t t = 0; t < tokens; t++) sum += shares[t] * load_##SUFFIX(value + t * stride + j);                 \
-            store_f32(out + j, sum);                                                                                       \
+            f32x16 sum[GROUP] = {0};                                                                                       \
+            for (int64_t t = 0; t < tokens; t++) {                                                                         \
+                f32x16 w = load_##SUFFIX(value + t * stride + j);                                                          \
+                for (int g = 0; g < group; g++) sum[g] += shares[g * room + t] * w;                                        \
+            }                                                                                                              \
+            for (int g = 0; g < group; g++) store_f32(out + g * out_stride + j, sum[g]);                                   \
         }                                                                                                                  \
-        for (; j < dim; j++) {                                                                                             \
-            float sum = 0.0f;                                                                                              \
-            for (int64_t t = 0; t < tokens; t++) sum += shares[t] * one_##SUFFIX(value + t * stride + j);                  \
-            out[j] = sum;                                                                                                  \
-        }                                                                                                                  \
+        for (; j < dim; j++)                                                                                               \
+            for (int g = 0; g < group; g++) {                                                                              \
+                float sum = 0.0f;                                                                                          \
+                for (int64_t t = 0; t < tokens; t++) sum += shares[g * room + t] * one_##SUFFIX(value + t * stride + j);   \
+                out[g * out_stride + j] = sum;                                                                             \
+            }                                                                                                              \
     }
 
 DEFINE_PASSES(f32, float)
@@ -87,29 +92,45 @@ static float softened(float *scores, int64_t n) {
     return total;
 }
 
-/* Attention of query head `head` of `heads`: out [dim_v], q [dim], over tokens `first` to `length` - 1. Query head h reads
- * key head h * key_heads / heads and value head h * value_heads / heads. scores: room for length - first floats. */
-void fusebox_attend(float *restrict out, const float *restrict q, const struct cached *kv, int64_t head, int64_t heads, int64_t first, int64_t length,
-                    float scale, float *restrict scores) {
-    int64_t n = length - first, kh = head * kv->key_heads / heads, vh = head * kv->value_heads / heads;
-    int64_t k_stride = kv->key_heads * kv->dim, v_stride = kv->value_heads * kv->dim_v;
-    int64_t k = first * k_stride + kh * kv->dim, v = first * v_stride + vh * kv->dim_v;
-    const float *key_scales = kv->kind == INT8 ? kv->key_scales + first * kv->key_heads + kh : 0;
-    if (kv->kind == FLOAT32) scores_f32(scores, q, (const float *)kv->keys + k, k_stride, kv->dim, n, scale, 0, 0);
-    else if (kv->kind == BFLOAT16) scores_bf16(scores, q, (const uint16_t *)kv->keys + k, k_stride, kv->dim, n, scale, 0, 0);
-    else scores_i8(scores, q, (const int8_t *)kv->keys + k, k_stride, kv->dim, n, scale, key_scales, kv->key_heads);
-    float total = softened(scores, n);
+INLINE void attend(float *restrict out, const float *restrict q, int64_t q_stride, const struct cached *kv, int64_t key_head, int64_t value_head, int64_t first, int64_t length,
+                   float scale, float *restrict scores, const int group) {
+    int64_t n = length - first, k_stride = kv->key_heads * kv->dim, v_stride = kv->value_heads * kv->dim_v;
+    int64_t k = first * k_stride + key_head * kv->dim, v = first * v_stride + value_head * kv->dim_v;
+    float totals[GROUP];
+    if (kv->kind == FLOAT32) scores_f32(scores, n, q, q_stride, (const float *)kv->keys + k, k_stride, kv->dim, n, scale, 0, 0, group);
+    else if (kv->kind == BFLOAT16) scores_bf16(scores, n, q, q_stride, (const uint16_t *)kv->keys + k, k_stride, kv->dim, n, scale, 0, 0, group);
+    else scores_i8(scores, n, q, q_stride, (const int8_t *)kv->keys + k, k_stride, kv->dim, n, scale, kv->key_scales + first * kv->key_heads + key_head, kv->key_heads, group);
+    for (int g = 0; g < group; g++) totals[g] = softened(scores + g * n, n);
     if (kv->kind == INT8)
-        for (int64_t t = 0; t < n; t++) scores[t] *= kv->value_scales[(first + t) * kv->value_heads + vh];
-    if (kv->kind == FLOAT32) values_f32(out, scores, (const float *)kv->values + v, v_stride, kv->dim_v, n);
-    else if (kv->kind == BFLOAT16) values_bf16(out, scores, (const uint16_t *)kv->values + v, v_stride, kv->dim_v, n);
-    else values_i8(out, scores, (const int8_t *)kv->values + v, v_stride, kv->dim_v, n);
-    for (int64_t j = 0; j < kv->dim_v; j++) out[j] /= total;
+        for (int g = 0; g < group; g++)
+            for (int64_t t = 0; t < n; t++) scores[g * n + t] *= kv->value_scales[(first + t) * kv->value_heads + value_head];
+    if (kv->kind == FLOAT32) values_f32(out, kv->dim_v, scores, n, (const float *)kv->values + v, v_stride, kv->dim_v, n, group);
+    else if (kv->kind == BFLOAT16) values_bf16(out, kv->dim_v, scores, n, (const uint16_t *)kv->values + v, v_stride, kv->dim_v, n, group);
+    else values_i8(out, kv->dim_v, scores, n, (const int8_t *)kv->values + v, v_stride, kv->dim_v, n, group);
+    for (int g = 0; g < group; g++)
+        for (int64_t j = 0; j < kv->dim_v; j++) out[g * kv->dim_v + j] /= totals[g];
 }
 
-/* All heads of one token on their own, shared out over torch's threads; scores: [heads][length]. */
+/* Attention of query heads `head` to `last` - 1 of `heads`: out [dim_v] and q [dim] of each, q at a stride, over tokens `first` to
+ * `length` - 1. Query head h reads key head h * key_heads / heads and value head h * value_heads / heads; neighbours that read the same
+ * go through the cache together. scores: room for GROUP * (length - first) floats. */
+void fusebox_attend(float *restrict out, const float *restrict q, int64_t q_stride, const struct cached *kv, int64_t head, int64_t last, int64_t heads, int64_t first, int64_t length,
+                    float scale, float *restrict scores) {
+    for (int64_t group; head < last; head += group, out += group * kv->dim_v, q += group * q_stride) {
+        int64_t kh = head * kv->key_heads / heads, vh = head * kv->value_heads / heads;
+        for (group = 1; group < GROUP && head + group < last && (head + group) * kv->key_heads / heads == kh && (head + group) * kv->value_heads / heads == vh;) group++;
+        if (group == 4) attend(out, q, q_stride, kv, kh, vh, first, length, scale, scores, 4);
+        else if (group == 3) attend(out, q, q_stride, kv, kh, vh, first, length, scale, scores, 3);
+        else if (group == 2) attend(out, q, q_stride, kv, kh, vh, first, length, scale, scores, 2);
+        else attend(out, q, q_stride, kv, kh, vh, first, length, scale, scores, 1);
+    }
+}
+
+/* All heads of one token on their own, shared out over torch's threads; scores: [threads][GROUP][length]. */
 void fusebox_attention(float *out, const float *q, const struct cached *kv, int64_t heads, int64_t first, int64_t length, float scale, float *scores) {
-    _Pragma("omp parallel for schedule(static)")
-    for (int64_t h = 0; h < heads; h++)
-        fusebox_attend(out + h * kv->dim_v, q + h * kv->dim, kv, h, heads, first, length, scale, scores + h * length);
+    _Pragma("omp parallel")
+    {
+        int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads(), head = heads * thread / threads;
+        fusebox_attend(out + head * kv->dim_v, q + head * kv->dim, kv->dim, kv, head, heads * (thread + 1) / threads, heads, first, length, scale, scores + thread * GROUP * length);
+    }
 }

@@ -10,23 +10,45 @@ static inline uint32_t magnitude_bits(float v) { /* orders as |v| does */
     return bits & MAGNITUDE;
 }
 
-/* Indices of non-zero entries, ascending; returns how many. */
-int64_t fusebox_nonzero(int32_t *restrict rows, const float *restrict x, int64_t n) {
+/* Append to rows the indices i to i + 15 that `chosen` marks; returns how many. Room for 16 is needed whatever is chosen. */
+#ifdef __AVX512F__
+typedef __mmask16 marks;
+INLINE marks marked(i32x16 chosen) { return _mm512_movepi32_mask((__m512i)chosen); }
+INLINE int64_t append(int32_t *rows, int64_t i, marks chosen) {
+    const __m512i steps = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    _mm512_storeu_si512(rows, _mm512_maskz_compress_epi32(chosen, _mm512_add_epi32(steps, _mm512_set1_epi32((int)i))));
+    return __builtin_popcount(chosen);
+}
+#else
+typedef i32x16 marks;
+INLINE marks marked(i32x16 chosen) { return chosen; }
+INLINE int64_t append(int32_t *rows, int64_t i, marks chosen) {
     int64_t count = 0;
-    for (int64_t i = 0; i < n; i++) {
-        rows[count] = (int32_t)i;
-        count += x[i] != 0.0f;
-    }
+    for (int k = 0; k < LANES; k++) rows[count] = (int32_t)(i + k), count -= chosen[k];
+    return count;
+}
+#endif
+
+INLINE i32x16 magnitudes(const float *x) { return (i32x16)(as_u32(load_f32(x)) & MAGNITUDE); }
+
+/* Indices of entries whose magnitude bits are at least `floor`, ascending; returns how many. */
+static int64_t reaching(int32_t *restrict rows, const float *restrict x, int64_t n, uint32_t floor) {
+    int64_t count = 0, i = 0;
+    for (; i + LANES <= n; i += LANES) count += append(rows + count, i, marked(magnitudes(x + i) >= (i32x16){0} + (int32_t)floor));
+    for (; i < n; i++)
+        if (magnitude_bits(x[i]) >= floor) rows[count++] = (int32_t)i;
     return count;
 }
 
-/* Indices of entries with |x| > threshold, ascending; returns how many. */
+/* Indices of non-zero entries, ascending; returns how many. */
+int64_t fusebox_nonzero(int32_t *restrict rows, const float *restrict x, int64_t n) { return reaching(rows, x, n, 1); }
+
+/* Indices of entries with |x| > threshold, ascending; returns how many. NaN is above nothing. */
 int64_t fusebox_above(int32_t *restrict rows, const float *restrict x, int64_t n, float threshold) {
-    int64_t count = 0;
-    for (int64_t i = 0; i < n; i++) {
-        rows[count] = (int32_t)i;
-        count += (x[i] < 0 ? -x[i] : x[i]) > threshold;
-    }
+    int64_t count = 0, i = 0;
+    for (; i + LANES <= n; i += LANES) count += append(rows + count, i, marked(as_f32(as_u32(load_f32(x + i)) & MAGNITUDE) > splat(threshold)));
+    for (; i < n; i++)
+        if (fabsf(x[i]) > threshold) rows[count++] = (int32_t)i;
     return count;
 }
 
@@ -34,7 +56,7 @@ int64_t fusebox_above(int32_t *restrict rows, const float *restrict x, int64_t n
 static int64_t at_least(const float *x, int64_t n, uint32_t floor) {
     i32x16 counts = {0};
     int64_t i = 0, total = 0;
-    for (; i + LANES <= n; i += LANES) counts -= (i32x16)(as_u32(load_f32(x + i)) & MAGNITUDE) >= (i32x16){0} + (int32_t)floor;
+    for (; i + LANES <= n; i += LANES) counts -= magnitudes(x + i) >= (i32x16){0} + (int32_t)floor;
     for (int k = 0; k < LANES; k++) total += counts[k];
     for (; i < n; i++) total += magnitude_bits(x[i]) >= floor;
     return total;
@@ -61,14 +83,11 @@ int64_t fusebox_largest(int32_t *restrict rows, const float *restrict x, int64_t
             break;
         }
     }
-    int64_t equal = keep - above, count = 0; /* how many of magnitude `low` itself */
-    uint32_t beyond = high + 1;
+    if (above == keep) return reaching(rows, x, n, high + 1);
+    int64_t equal = keep - above, count = 0; /* of the entries of magnitude `low` itself, the first so many */
     for (int64_t i = 0; i < n; i++) {
         uint32_t bits = magnitude_bits(x[i]);
-        int tie = bits == low && beyond > low && equal > 0;
-        equal -= tie;
-        rows[count] = (int32_t)i;
-        count += bits >= beyond || tie;
+        if (bits > low || (bits == low && equal-- > 0)) rows[count++] = (int32_t)i;
     }
     return count;
 }

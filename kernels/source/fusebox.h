@@ -7,6 +7,7 @@
 #define TILE 128 /* outputs side by side in packed weights; the same as in packing.py */
 #define BLOCK 64 /* outputs that a thread takes at least: half a tile */
 #define MOST_TOKENS 4
+#define GROUP 4 /* query heads that go through the cache together; the same in structures.py */
 
 enum { FLOAT32, BFLOAT16, INT8, INT4 };
 
@@ -22,6 +23,12 @@ struct matrix {
  * rows: input channels to read, ascending, `count` of them; NULL reads all. x and y go on by x_stride and y_stride a token. */
 void fusebox_gemv_blocks(const struct matrix *w, float *y, int64_t y_stride, const float *x, int64_t x_stride, const int32_t *rows, int64_t count,
                          int64_t tokens, int64_t first, int64_t last, float alpha, int64_t add);
+
+/* Sums over input channels `first` to `last` (of `rows`, where given) for all outputs: sums[tokens][tiles * TILE], `stride` apart; int8 not yet
+ * scaled. Several parts are joined into y = alpha * (scale * their sum + bias), or y += it. */
+void fusebox_gemv_part(const struct matrix *w, float *sums, int64_t stride, const float *x, int64_t x_stride, const int32_t *rows, int64_t first, int64_t last, int64_t tokens);
+void fusebox_gemv_long_rows(const struct matrix *w, float *sums, const float *x, const int32_t *rows, int64_t first, int64_t last);
+void fusebox_join(float *y, const float *sums, int64_t parts, int64_t stride, const float *scale, const float *bias, int64_t first, int64_t last, float alpha, int64_t add);
 
 int64_t fusebox_nonzero(int32_t *rows, const float *x, int64_t n);
 int64_t fusebox_above(int32_t *rows, const float *x, int64_t n, float threshold);
@@ -40,6 +47,7 @@ struct cached {
 };
 
 void fusebox_append(const struct cached *kv, int64_t is_value, int64_t token, int64_t head, const float *x);
-void fusebox_attend(float *out, const float *q, const struct cached *kv, int64_t head, int64_t heads, int64_t first, int64_t length, float scale, float *scores);
+void fusebox_attend(float *out, const float *q, int64_t q_stride, const struct cached *kv, int64_t head, int64_t last, int64_t heads, int64_t first, int64_t length, float scale,
+                    float *scores);
 
 #endif

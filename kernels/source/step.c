@@ -19,7 +19,7 @@
 
 #define SPINS 4000 /* looks at a barrier before the core is offered to others */
 
-enum { EMBED, ADD_ROW, NORM, SELECT, GEMV, ROTATE, HEAD_NORM, APPEND, ATTEND, ACTIVATE };
+enum { EMBED, ADD_ROW, NORM, SELECT, GEMV, ROTATE, HEAD_NORM, APPEND, ATTEND, ACTIVATE, PART, JOIN };
 enum { TOP_K, ABOVE, NONZERO };
 
 /* One operation; which fields it reads stands at its function. */
@@ -144,6 +144,31 @@ static void multiply(const struct worker *w, const struct operation *o) {
     }
 }
 
+/* Sums over this thread's part of the input channels, for join: to[thread][token][head_stride]. */
+static void multiply_part(const struct worker *w, const struct operation *o) {
+    const struct matrix *m = &o->matrix;
+    float *x = at(w, o->from), *sums = w->s->shared + o->to + w->index * MOST_TOKENS * o->head_stride;
+    int64_t first, last;
+    if (o->rows < 0) {
+        share(w, m->in, &first, &last);
+        fusebox_gemv_part(m, sums, o->head_stride, x, o->stride, 0, first, last, w->s->token_count);
+        return;
+    }
+    for (int64_t t = 0; t < w->s->token_count; t++) {
+        share(w, w->rows[o->counts + t], &first, &last);
+        fusebox_gemv_part(m, sums + t * o->head_stride, 0, x + t * o->stride, 0, w->rows + o->rows + t * (m->in + 1), first, last, 1);
+    }
+}
+
+/* to[n] = factor * (gain * the parts' sums + shift), or added to it; in `heads` pieces, or in any where that is 0. */
+static void join(const struct worker *w, const struct operation *o) {
+    int64_t piece = o->heads ? o->n / o->heads : LANES, first, last;
+    share(w, (o->n + piece - 1) / piece, &first, &last);
+    first *= piece, last = last * piece < o->n ? last * piece : o->n;
+    for (int64_t t = 0; t < w->s->token_count; t++)
+        fusebox_join(at(w, o->to) + t * o->stride, w->s->shared + o->from + t * o->head_stride, w->s->threads, MOST_TOKENS * o->head_stride, o->gain, o->shift, first, last, o->factor, o->add);
+}
+
 /* Rotary positions of from[heads][dim], head_stride apart, in place: keep channels turn; table: cosines, gain: sines, [position][keep / 2]. */
 static void rotate(const struct worker *w, const struct operation *o) {
     int64_t first, last;
@@ -181,8 +206,8 @@ static void attend(const struct worker *w, const struct operation *o) {
     share(w, o->heads, &first, &last);
     for (int64_t t = 0; t < w->s->token_count; t++) {
         int64_t length = w->s->position + t + 1, start = o->window && length > o->window ? length - o->window : 0;
-        for (int64_t h = first; h < last; h++)
-            fusebox_attend(at(w, o->to) + t * o->stride + h * kv->dim_v, at(w, o->from) + t * o->stride + h * o->head_stride, kv, h, o->heads, start, length, o->factor, w->scores);
+        fusebox_attend(at(w, o->to) + t * o->stride + first * kv->dim_v, at(w, o->from) + t * o->stride + first * o->head_stride, o->head_stride, kv, first, last, o->heads, start, length,
+                       o->factor, w->scores);
     }
 }
 
@@ -212,6 +237,8 @@ static void work(const struct step *s, int64_t index, struct barrier *barrier) {
         case HEAD_NORM: head_norm(&w, o); break;
         case APPEND: append(&w, o); break;
         case ATTEND: attend(&w, o); break;
+        case PART: multiply_part(&w, o); break;
+        case JOIN: join(&w, o); break;
         default: activate(&w, o);
         }
     }

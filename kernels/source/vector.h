@@ -59,9 +59,13 @@ INLINE uint16_t to_bf16(float v) {
 }
 
 INLINE float sum_of(f32x16 v) {
-    float total = 0.0f;
-    for (int i = 0; i < LANES; i++) total += v[i];
-    return total;
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)v);
+#else
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) v[i] += v[i + half];
+    return v[0];
+#endif
 }
 
 INLINE f32x16 choose(i32x16 where, f32x16 yes, f32x16 no) { return as_f32((u32x16)((as_u32(yes) & (u32x16)where) | (as_u32(no) & ~(u32x16)where))); }

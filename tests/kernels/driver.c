@@ -52,7 +52,7 @@ int main(void) {
     for (int64_t dim = 1; dim < 70; dim += 17)
         for (int64_t tokens = 1; tokens < 40; tokens += 19) {
             float *q = floats(4 * dim), *out = floats(4 * (dim + 3)), *keys = floats(tokens * 2 * dim), *values = floats(tokens * 4 * (dim + 3)), *gain = floats(dim);
-            float *scores = floats(4 * tokens), *scales = floats(4 * tokens);
+            float *scores = floats(64 * GROUP * tokens), *scales = floats(4 * tokens);
             for (int64_t kind = FLOAT32; kind <= INT8; kind++) {
                 struct cached kv = {kind, 2, 4, dim, dim + 3, keys, values, scales, scales};
                 for (int64_t head = 0; head < 2; head++) fusebox_append(&kv, 0, tokens - 1, head, q);

@@ -91,6 +91,16 @@ def test_native_decode_equals_torch(family: str, method: str, family_bundle: Bun
     assert apart <= allowed, f"{apart} of {STEPS} steps differ"
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("method", ["native+larosa:sparsity=0.4", "native+int8+larosa:sparsity=0.5", "native+int4:group_size=32+larosa:sparsity=0.25", "native+int8"])
+@pytest.mark.parametrize("family", NATIVE_FAMILIES)
+def test_rows_that_lie_together_and_other_thread_counts_compute_the_same(family: str, method: str, threads: int, family_bundle: BundleOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a model larger than the caches runs: layers over the same input side by side, input channels shared out between the threads."""
+    monkeypatch.setattr("engines.native.compiler.last_level_cache_bytes", lambda: 0)
+    monkeypatch.setattr("engines.native.technique.torch.get_num_threads", lambda: threads)
+    test_native_decode_equals_torch(family, method, family_bundle)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gpt_neox"])
 def test_bf16_weights_are_nearer_to_fp32_in_c_than_in_torch(family: str, family_bundle: BundleOf) -> None:
     bundle = family_bundle(family)
