@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+MAX_QUERIES = 1_000
+MAX_CHARACTERS = 20_000
+"""Longest question."""
 BUILT_IN_FILE = Path(__file__).resolve().parents[2] / "assets" / "queries.json"
 
 
