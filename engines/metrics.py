@@ -40,7 +40,7 @@ class ChatMetrics:
     agreement_tokens: int | None = metric("Tokens shared with the baseline's answer before the first difference.", "tok", "high", "Tokens until divergence")
     agreement_share: float | None = metric("Shared tokens / tokens of the longer answer.", "share", "high", "Agreement with the baseline")
     rouge_l: float | None = metric("ROUGE-L F1 of the answer's words against the baseline's answer: from the longest common subsequence.", "share", "high", "ROUGE-L against the baseline")
-    keyword_recall: float | None = metric("Expected keywords found in the answer / keywords of the query; of words of 7 letters and more the stem counts.", "share", "high", "Keywords found")
+    keyword_recall: float | None = metric("Expected keywords found in the answer / keywords of the query; the last two letters of a keyword of 7 letters or more need not match.", "share", "high", "Keywords found")
     distinct_2: float | None = metric("Different pairs of neighbouring words / all such pairs of the answer.", "share", "high", "Different word pairs")
     repetition_rate: float | None = metric("1 - different runs of four words / all such runs of the answer.", "share", "low", "Repetition")
     finish_reason: str | None = metric("eos: the model ended; length: max_new_tokens reached; stopped: Stop was pressed.", "", None, "Ended by")

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-import engines.catalog as catalog
 from compression.quant.packed import Int8
 from core.bundle import Bundle
 from core.compatibility import compatible
-from core.errors import InvalidRequest
+from core.errors import InvalidRequest, UnsupportedModel
 from core.technique import Technique
+from engines import catalog
 from engines.catalog import TECHNIQUES
 from engines.chat import ChatRequest, ChatService, collect
 from engines.combinations import PREFERRED, all_combined, offered_combinations
@@ -47,9 +47,7 @@ def test_all_combined_leaves_out_what_the_model_refuses(family_bundle: Callable[
 
 def test_what_is_refused_makes_room_for_what_it_excludes(llama: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: Technique, bundle: Bundle) -> None:
-        raise InvalidRequestLike("not today")
-
-    from core.errors import UnsupportedModel as InvalidRequestLike
+        raise UnsupportedModel("not today")
 
     monkeypatch.setattr(Int8, "check", refuse)
     members = members_of("all_combined", llama)

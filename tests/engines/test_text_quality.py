@@ -13,7 +13,7 @@ def test_words_are_of_any_script() -> None:
 
 
 def test_keyword_recall_finds_stems_of_long_words() -> None:
-    assert keyword_recall("It learns from data.", ("learning", "data", "rain")) == pytest.approx(2 / 3)
+    assert keyword_recall("It makes a prediction from data.", ("predictions", "data", "rain")) == pytest.approx(2 / 3)
     assert keyword_recall("", ("data",)) == 0
 
 
