@@ -14,93 +14,23 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
 
-from core.errors import FuseboxError, InvalidRequest
+from commands.chat import chat
+from commands.compare import compare, figures
+from commands.files import check_writable, read_text
+from commands.several_values import SeveralValues
+from core.errors import FuseboxError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Fusebox: switch LLM efficiency techniques on and off and measure them.")
 train_app = typer.Typer(no_args_is_help=True, help="Make the embedded models.")
 app.add_typer(train_app, name="train")
 bench_app = typer.Typer(no_args_is_help=True, help="Measure a technique against its rivals.")
 app.add_typer(bench_app, name="bench")
-
-QUICK_TOKENS = 30
-
+app.command(cls=SeveralValues)(chat)
+app.command(cls=SeveralValues)(compare)
+app.command()(figures)
 
 def _show_progress(fraction: float, message: str) -> None:
     print(f"\r{fraction:4.0%} {message:<70}", end="", file=sys.stderr, flush=True)
-
-
-@app.command()
-def chat(
-    message: Annotated[str, typer.Option(help="The question.")],
-    methods: Annotated[list[str] | None, typer.Option(help="baseline, technique names, or combinations such as bnb_int8+word_removal:every=4.")] = None,
-    more_methods: Annotated[list[str] | None, typer.Argument(help="Further methods, so that --methods takes several.", show_default=False)] = None,
-    model: Annotated[str, typer.Option(help="embedded, owner/name of the hub, or a local folder.")] = "embedded",
-    revision: Annotated[str | None, typer.Option(help="Hub commit, branch or tag.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto (the faster here), float32 or bfloat16.")] = "auto",
-    system: Annotated[str, typer.Option(help="System prompt.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 keeps all tokens.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="0 keeps all tokens.")] = 0,
-    repetition_penalty: Annotated[float, typer.Option(help="1 is none.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of this request's random numbers.")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help=f"{QUICK_TOKENS} new tokens.")] = False,
-    at_once: Annotated[bool, typer.Option("--at-once", help="Run all methods at the same time; times are then not comparable.")] = False,
-    score: Annotated[bool, typer.Option("--score/--no-score", help="Score the baseline's answer under each method.")] = True,
-    calibration: Annotated[Path | None, typer.Option(help="Text file that techniques calibrate on; the project's own text when not given.")] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")] = None,
-) -> None:
-    """Ask one question of several methods and print answers and metrics side by side."""
-    from engines.chat import ChatRequest, ChatService
-    from engines.pool import EnginePool
-    from engines.sampling import Sampling
-
-    _check_writable(json_path)
-    sampling = Sampling(QUICK_TOKENS if quick else max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
-    chosen = (*(methods or ()), *(more_methods or ())) or ("baseline",)
-    request = ChatRequest(message=message, methods=chosen, model_id=model, revision=revision, dtype=dtype, system=system, sampling=sampling, at_once=at_once, score=score,
-                          calibration=_read_text(calibration) if calibration else "")
-    service = ChatService(EnginePool())
-    failed = _run_chat(service, request, json_path)
-    raise typer.Exit(1 if failed else 0)
-
-
-def _check_writable(path: Path | None, option: str = "--json") -> None:
-    """Refuse an output file whose folder is missing before the work, not after it."""
-    if path is not None and not path.resolve().parent.is_dir():
-        raise InvalidRequest(f"{option}: there is no folder {path.parent}. Make it first.")
-
-
-def _run_chat(service: Any, request: Any, json_path: Path | None) -> bool:
-    """Stream a comparison to the terminal; True when a column failed."""
-    from core.files import write_text
-    from engines.chat import ColumnStatus, Tick, collect
-    from engines.export import chat_record, to_json
-    from engines.metric_text import metrics_text
-
-    def watched() -> Any:
-        for event in service.stream(request):
-            if isinstance(event, ColumnStatus):
-                print(f"[{event.column}] {event.text}", file=sys.stderr)
-            if not isinstance(event, Tick):
-                yield event
-
-    answers, errors = collect(watched())
-    for column, answer in answers.items():
-        print(f"\n--- {column}\n{answer.text.strip()}")
-    for column, text in errors.items():
-        print(f"\n--- {column}\nerror: {text}")
-    print("\n" + metrics_text({column: a.metrics for column, a in answers.items()}))
-    choice = service.pool.dtype_choice(request.model_id, revision=request.revision, dtype=request.dtype)
-    if choice is not None:
-        print(f"baseline: {choice.reason}")
-    for answer in answers.values():
-        for report in answer.reports:
-            print(f"{report.technique}: {report.label.value}; {'; '.join(report.notes)}")
-    if json_path is not None:
-        write_text(json_path, to_json(chat_record(request, answers, errors, choice)))
-        print(f"written to {json_path}", file=sys.stderr)
-    return bool(errors)
 
 
 @app.command()
@@ -157,7 +87,7 @@ def evaluate_chat_command(
     from engines.export import to_json
     from engines.pool import EnginePool
 
-    _check_writable(json_path)
+    check_writable(json_path)
     engine = EnginePool().get(model)
     figures = {**evaluate_chat(engine, shared, limit=limit, progress=_show_progress), "model": model, "provenance": provenance()}
     if json_path is not None:
@@ -221,7 +151,7 @@ def _bench(json_path: Path | None, runs: Sequence[Callable[..., dict[str, Any]]]
     from core.provenance import provenance
     from engines.export import to_json
 
-    _check_writable(json_path)
+    check_writable(json_path)
     results = [run(progress=_show_progress) for run in runs]
     for result in results:
         print("\n" + "  ".join(f"{name}" for name in columns) + (f"   [{result['shape']}]" if "shape" in result else ""))
@@ -263,13 +193,13 @@ def bench_larosa(
     from engines.static_figures import quality_against_bytes, save_figure
     from optim.larosa.technique import VARIANTS
 
-    _check_writable(json_path)
-    _check_writable(figure, "--figure")
+    check_writable(json_path)
+    check_writable(figure, "--figure")
     chosen = tuple(sorted({*(sparsity or ()), *(more_sparsity or ())})) or SPARSITIES
-    texts = [_read_text(text)] if text else held_out_project_texts()
+    texts = [read_text(text)] if text else held_out_project_texts()
     bundle = load_bundle(model, revision=revision, dtype=dtype, progress=_show_progress)
     data = sweep(
-        bundle, texts, sparsities=chosen, variants=tuple(variant or VARIANTS), calibration=[_read_text(calibration)] if calibration else None,
+        bundle, texts, sparsities=chosen, variants=tuple(variant or VARIANTS), calibration=[read_text(calibration)] if calibration else None,
         tokens=tokens, calibration_tokens=calibration_tokens, progress=_show_progress,
     )
     data = {**data, "model": {"model_id": bundle.info.model_id if bundle.info.source != "local" else Path(model).name, "revision": bundle.info.revision, "dtype": dtype}, "text": text.name if text else "held-out project text",
@@ -285,20 +215,6 @@ def bench_larosa(
         write_text(json_path, to_json(data))
     if figure is not None:
         save_figure(quality_against_bytes(data, f"{data['model']['model_id']}, {data['dense']['tokens']} tokens of {data['text']}"), figure)
-
-
-def _read_text(path: Path) -> str:
-    """A text file of the user's.
-
-    Raises:
-        InvalidRequest: it cannot be read, or is not UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"{path.name} is not UTF-8 text.") from error
-    except OSError as error:
-        raise InvalidRequest(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def main() -> None:

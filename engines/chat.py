@@ -9,22 +9,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 from core.errors import FuseboxError, InvalidRequest
-from core.evaluation import agreement, score_continuation
 from core.loading import locate
 from core.progress import Progress, Stop
-from core.technique import Technique
 from engines.engine import Answer, Engine
+from engines.failures import in_words
 from engines.figures import token_latency_figure
 from engines.gate import DeviceGate
-from engines.methods import BASELINE, parse_method
+from engines.methods import BASELINE
 from engines.pool import AUTO, EnginePool, check_dtype
 from engines.prompting import Message, clean_message, has_visible_text
+from engines.quality import of_answer, of_text
 from engines.result import Result
 from engines.sampling import Sampling
 
 log = logging.getLogger(__name__)
 
-MAX_COLUMNS = 16
+MAX_COLUMNS = 24
 _TICK_S = 0.25
 
 
@@ -118,10 +118,9 @@ class ChatService:
         def work() -> None:
             try:
                 self._run(request, stop, events.put)
-            except Exception as error:  # a consumer must hear of it; the log has the trace
-                log.exception("the request failed")
+            except Exception as error:  # a consumer must hear of it
                 for column in request.methods:
-                    events.put(ColumnFailed(column, _crash_in_words(error)))
+                    events.put(ColumnFailed(column, in_words(error)))
             finally:
                 events.put(None)
 
@@ -169,18 +168,12 @@ class ChatService:
             emit(ColumnFailed(column, "Stopped before this column began."))
             return
         try:
-            techniques: tuple[Technique, ...] = parse_method(column)
-            progress = _progress_of(column, stop, emit)
-            engine = self.pool.get(request.model_id, techniques, revision=request.revision, dtype=request.dtype, calibration=request.calibration, progress=progress)
+            engine = self.pool.get_method(column, request.model_id, revision=request.revision, dtype=request.dtype, calibration=request.calibration,
+                                          progress=_progress_of(column, stop, emit))
             emit(ColumnStatus(column, "answering"))
             answer = engine.answer(_conversation(request, column), request.sampling, stop, lambda text: emit(ColumnText(column, text)))
-        except FuseboxError as error:
-            emit(ColumnFailed(column, str(error)))
-        except MemoryError:
-            emit(ColumnFailed(column, "Memory ran out while answering. Unload a model or shorten the prompt."))
-        except Exception as error:  # a column's crash must not take the others with it; the log has the trace
-            log.exception("column %s failed", column)
-            emit(ColumnFailed(column, _crash_in_words(error)))
+        except Exception as error:  # a column's crash must not take the others with it
+            emit(ColumnFailed(column, in_words(error)))
         else:
             if request.at_once and len(request.methods) > 1:
                 answer = replace(answer, metrics=replace(answer.metrics, times_comparable=False, peak_rss_bytes=None))
@@ -197,12 +190,6 @@ def _progress_of(column: str, stop: Stop, emit: Emit) -> Progress:
         emit(ColumnStatus(column, text))
 
     return report
-
-
-def _crash_in_words(error: Exception) -> str:
-    if isinstance(error, RuntimeError) and "memory" in str(error).lower():
-        return "Memory ran out. Unload a model, or choose a smaller one."
-    return f"The engine failed ({type(error).__name__}: {str(error)[:200]}). The next request starts afresh."
 
 
 def _next_event(events: queue.Queue[ChatEvent | None]) -> ChatEvent | None:
@@ -234,14 +221,14 @@ def _conversation(request: ChatRequest, column: str) -> list[Message]:
 
 
 def _add_quality(done: dict[str, tuple[Engine, Answer]], stop: Stop, emit: Emit) -> None:
-    """Score the baseline's answer under every engine, and compare the answers' tokens; needs a baseline column."""
+    """Score the baseline's answer under every engine, and compare the answers; needs a baseline column."""
     if BASELINE not in done or not done[BASELINE][1].token_ids:
         return
-    reference = done[BASELINE][1].token_ids
+    reference = done[BASELINE][1]
     for column, (engine, answer) in done.items():
         emit(ColumnStatus(column, "scoring"))
         try:
-            score = score_continuation(engine.bundle, answer.prompt.ids, reference, stop)
+            quality = of_answer(engine, answer.prompt.ids, answer, reference, stop)
         except Exception:  # the answer stands, only its score is missing; the log has the trace
             log.exception("scoring %s failed", column)
             emit(ColumnDone(column, answer))
@@ -249,9 +236,7 @@ def _add_quality(done: dict[str, tuple[Engine, Answer]], stop: Stop, emit: Emit)
         if stop.requested:
             emit(ColumnDone(column, answer))
             return
-        shared, share = agreement(reference, answer.token_ids)
-        scored = replace(answer.metrics, baseline_answer_bits_per_byte=score.bits_per_byte, agreement_tokens=shared, agreement_share=share)
-        done[column] = (engine, replace(answer, metrics=scored))
+        done[column] = (engine, replace(answer, metrics=replace(answer.metrics, **quality, **of_text(answer.text))))
         emit(ColumnDone(column, done[column][1]))
 
 

@@ -90,6 +90,11 @@ def to_csv(answers: Mapping[str, Answer], errors: Mapping[str, str]) -> str:
         values = plain(asdict(answer.metrics))
         rows.append([column, answer.text, "", *("" if values[n] is None else values[n] for n in names)])
     rows += [[column, "", message, *[""] * len(names)] for column, message in errors.items()]
+    return csv_text(rows)
+
+
+def csv_text(rows: Sequence[Sequence[Any]]) -> str:
+    """Rows as CSV that no spreadsheet evaluates; None is an empty cell."""
     text = io.StringIO()
     csv.writer(text).writerows([[safe_cell(cell) for cell in row] for row in rows])
-    return text.getvalue()
+    return text.getvalue().encode("utf-8", "replace").decode("utf-8")  # a lone surrogate cannot be written

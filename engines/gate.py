@@ -1,8 +1,9 @@
-"""One request at a time per device, and a bounded row of those who wait."""
+"""One request at a time per device, first come first served, and a bounded row of those who wait."""
 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,18 +12,18 @@ from core.progress import Stop
 
 
 class DeviceGate:
-    """A semaphore of one with a queue limit; whoever waits can give up."""
+    """A lock with a row and a limit to it; whoever waits can give up. Who lets go and comes back goes to the end of the row."""
 
     def __init__(self, waiting_limit: int = 16) -> None:
-        self._semaphore = threading.Semaphore(1)
-        self._count = threading.Lock()
-        self._waiting = 0
+        self._changed = threading.Condition()
+        self._row: deque[object] = deque()
+        self._taken = False
         self.waiting_limit = waiting_limit
 
     @property
     def waiting(self) -> int:
         """Requests in the row now."""
-        return self._waiting
+        return len(self._row)
 
     @contextmanager
     def hold(self, stop: Stop) -> Iterator[bool]:
@@ -31,19 +32,28 @@ class DeviceGate:
         Raises:
             EngineBusy: the row is full.
         """
-        with self._count:
-            if self._waiting >= self.waiting_limit:
-                raise EngineBusy(f"{self._waiting} requests wait already. Try again in a minute.")
-            self._waiting += 1
-        held = False
-        try:
-            while not held and not stop.requested:
-                held = self._semaphore.acquire(timeout=0.05)
-        finally:
-            with self._count:
-                self._waiting -= 1
+        held = self._wait(object(), stop)
         try:
             yield held
         finally:
             if held:
-                self._semaphore.release()
+                with self._changed:
+                    self._taken = False
+                    self._changed.notify_all()
+
+    def _wait(self, place: object, stop: Stop) -> bool:
+        """Stand in the row until it is our turn or `stop` is requested."""
+        with self._changed:
+            if len(self._row) >= self.waiting_limit:
+                raise EngineBusy(f"{len(self._row)} requests wait already. Try again in a minute.")
+            self._row.append(place)
+            try:
+                while (self._taken or self._row[0] is not place) and not stop.requested:
+                    self._changed.wait(0.05)  # nobody wakes us when stop is requested
+                if stop.requested:
+                    return False
+                self._taken = True
+                return True
+            finally:
+                self._row.remove(place)
+                self._changed.notify_all()

@@ -18,7 +18,7 @@ from core.provenance import cpu_name
 from core.technique import Technique
 from engines.dtype_choice import DtypeChoice, faster_dtype
 from engines.engine import Engine, baseline_engine, fused_engine
-from engines.methods import method_name
+from engines.methods import depends_on_model, members_of, method_name
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +74,15 @@ class EnginePool:
                     raise
                 log.info("dropped all engines to make room for %s", key)
                 return self._build(key, techniques, progress)
+
+    def get_method(self, method: str, model_id: str, *, revision: str | None = None, dtype: str = AUTO, calibration: str = "", progress: Progress = silent) -> Engine:
+        """The engine for a method as typed; what `all_combined` stands for is found on the model itself.
+
+        Raises:
+            what `get` and `parse_method` raise.
+        """
+        base = self.get(model_id, revision=revision, dtype=dtype, progress=progress).bundle if depends_on_model(method) else None
+        return self.get(model_id, members_of(method, base).techniques, revision=revision, dtype=dtype, calibration=calibration, progress=progress)
 
     def _build(self, key: EngineKey, techniques: tuple[Technique, ...], progress: Progress) -> Engine:
         base_key = EngineKey(key.model_id, key.revision, key.dtype, method_name(()))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-RANKS = {"core": 0, "kernels": 1, "optim": 2, "compression": 2, "engines": 3, "ui": 4, "app": 5, "cli": 5}
+RANKS = {"core": 0, "kernels": 1, "optim": 2, "compression": 2, "engines": 3, "ui": 4, "app": 5, "commands": 5, "cli": 6}
 OUTSIDE = ("benchmarks", "tests")  # they may import the product, never the other way round
 KEPT_OUT_OF_UI = ("torch", "transformers")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from core.bundle import Bundle
 from core.datasets import is_held_out, read_corpus
 from core.evaluation import wilson_interval
 from core.progress import Progress, Stop, silent
-from engines.built_in_queries import BUILT_IN
+from engines.compare.queries import built_in_queries
 from engines.embedded.instructions import (
     HELD_OUT_PERCENT,
     InstructionSet,
@@ -30,6 +29,7 @@ from engines.engine import Engine
 from engines.export import plain
 from engines.prompting import Message
 from engines.sampling import Sampling
+from engines.text_quality import keyword_recall, rouge_l
 
 _DECLINES = ("do not know", "don't know", "cannot answer", "can't answer", "not something i know", "outside my topics", "outside what i", "no idea")
 
@@ -37,28 +37,6 @@ _DECLINES = ("do not know", "don't know", "cannot answer", "can't answer", "not 
 def is_decline(answer: str) -> bool:
     """True when an answer says that it does not know."""
     return any(mark in answer.lower() for mark in _DECLINES)
-
-
-def keyword_recall(answer: str, keywords: Sequence[str]) -> float:
-    """Share of keywords whose stem (all but the last two letters of long words) is in the answer."""
-    text = answer.lower()
-    hits = sum((k.lower()[:-2] if len(k) > 6 else k.lower()) in text for k in keywords)
-    return hits / len(keywords) if keywords else 0.0
-
-
-def rouge_l(candidate: str, reference: str) -> float:
-    """ROUGE-L F1 over words (Lin 2004): from the longest common subsequence."""
-    a, b = re.findall(r"[a-z0-9]+", candidate.lower()), re.findall(r"[a-z0-9]+", reference.lower())
-    if not a or not b:
-        return 0.0
-    row = [0] * (len(b) + 1)
-    for word in a:
-        before = 0
-        for j, other in enumerate(b, 1):
-            before, row[j] = row[j], before + 1 if word == other else max(row[j], row[j - 1])
-    common = row[-1]
-    precision, recall = common / len(a), common / len(b)
-    return 2 * precision * recall / (precision + recall) if common else 0.0
 
 
 def _share(hits: Sequence[bool]) -> dict[str, Any]:
@@ -161,7 +139,7 @@ class ChatEvaluation:
     def built_in(self, progress: Progress) -> dict[str, Any]:
         """The queries that every comparison starts from: answers to be read, and the share of expected words in them."""
         samples = []
-        for query in BUILT_IN:
+        for query in built_in_queries():
             progress(0.0, "built-in queries")
             answer = self.ask(query.question, tokens=160)
             samples.append({"kind": query.kind, "question": query.question, "answer": answer, "recall": keyword_recall(answer, query.keywords)})

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from engines.built_in_queries import AI_TEXT, BUILT_IN, CLIMATE_TEXT
+from engines.compare.queries import built_in_queries
 from engines.embedded.about import about_embedded_chat
-from engines.embedded.chat_evaluation import keyword_recall
 from engines.embedded.extracts import sentences
 from engines.embedded.instructions import answer_of, conversations, load_instructions
+from engines.text_quality import keyword_recall
+
+BUILT_IN = built_in_queries()
+AI_TEXT, CLIMATE_TEXT = (q.question.removeprefix("Summarise this text: ") for q in BUILT_IN[3:])
 
 
 def test_there_is_one_of_each_kind_and_two_texts_of_150_words() -> None:

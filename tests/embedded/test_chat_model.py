@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from core.loading import load_bundle
-from engines.built_in_queries import BUILT_IN
-from engines.embedded.chat_evaluation import ChatEvaluation, is_decline, keyword_recall
+from engines.compare.queries import built_in_queries
+from engines.embedded.chat_evaluation import ChatEvaluation, is_decline
 from engines.embedded.instructions import code_word_talk, code_words
 from engines.engine import baseline_engine
+from engines.text_quality import keyword_recall
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def evaluation() -> ChatEvaluation:
 
 
 def test_answers_the_built_in_definition(evaluation: ChatEvaluation) -> None:
-    assert keyword_recall(evaluation.ask(BUILT_IN[0].question, tokens=60), BUILT_IN[0].keywords) >= 0.6
+    assert keyword_recall(evaluation.ask(built_in_queries()[0].question, tokens=60), built_in_queries()[0].keywords) >= 0.6
 
 
 def test_declines_what_it_does_not_know(evaluation: ChatEvaluation) -> None:

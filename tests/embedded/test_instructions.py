@@ -19,7 +19,6 @@ from core.loading import load_bundle
 from core.losses import IGNORE
 from core.progress import Stop
 from engines.embedded import chat_tuning
-from engines.embedded.chat_evaluation import keyword_recall
 from engines.embedded.chat_tuning import batches, encode_talk
 from engines.embedded.extracts import extract, paragraphs, sentences
 from engines.embedded.instructions import (
@@ -38,6 +37,7 @@ from engines.embedded.instructions import (
 from engines.embedded.short_attention import LONGEST, NAME, use_short_row_attention
 from engines.embedded.tokenizer import train_tokenizer
 from engines.embedded.windows import corpus_windows, echo
+from engines.text_quality import keyword_recall
 from tests import families
 from tests.tolerances import SUM_ORDER
 

@@ -13,6 +13,7 @@ import torch
 
 import engines.chat as chat_module
 import engines.pool as pool_module
+import engines.quality as quality_module
 from core.bundle import Bundle
 from core.errors import CalibrationError, FuseboxError, HubUnavailable, InvalidRequest
 from core.progress import Stop
@@ -304,7 +305,7 @@ def test_failed_scoring_keeps_the_answers_and_leaves_the_score_unmeasured(servic
     crashed: list[Any] = []
     monkeypatch.setattr(threading, "excepthook", crashed.append)
     with monkeypatch.context() as patch:
-        patch.setattr(chat_module, "score_continuation", fail)
+        patch.setattr(quality_module, "score_continuation", fail)
         events = events_of(service, make_request("baseline", "word_removal"))
     assert crashed == []
     answers, errors = collect(iter(events))
@@ -370,13 +371,13 @@ def test_stop_while_the_model_loads_ends_the_request(make_request: Make, monkeyp
 
 
 def test_stop_while_scoring_leaves_answers_without_a_score(service: ChatService, make_request: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    stop, score = Stop(), chat_module.score_continuation
+    stop, score = Stop(), quality_module.score_continuation
 
     def pressing(*args: Any) -> Any:
         stop.request()
         return score(*args)
 
-    monkeypatch.setattr(chat_module, "score_continuation", pressing)
+    monkeypatch.setattr(quality_module, "score_continuation", pressing)
     answers, errors = collect(service.stream(make_request("baseline", "word_removal"), stop))
     assert errors == {}
     assert [a.metrics.baseline_answer_bits_per_byte for a in answers.values()] == [None, None]

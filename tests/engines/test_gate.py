@@ -112,3 +112,42 @@ def test_holder_does_not_count_as_waiting() -> None:
     gate = DeviceGate(waiting_limit=1)
     with gate.hold(Stop()):
         assert gate.waiting == 0
+
+
+def test_first_come_is_first_served() -> None:
+    """Who lets go and comes back at once must not pass those who wait."""
+    gate, order, threads = DeviceGate(), [], []
+
+    def wait(name: int) -> None:
+        with gate.hold(Stop()):
+            order.append(name)
+
+    with gate.hold(Stop()):
+        for name in range(5):
+            threads.append(threading.Thread(target=wait, args=(name,)))
+            threads[-1].start()
+            wait_until(lambda name=name: gate.waiting == name + 1)
+    with gate.hold(Stop()):
+        order.append("back")
+    for thread in threads:
+        thread.join(60)
+    assert order == [0, 1, 2, 3, 4, "back"]
+
+
+def test_one_who_gives_up_does_not_hold_up_those_behind() -> None:
+    gate, gone, order = DeviceGate(), Stop(), []
+
+    def wait(stop: Stop, name: str) -> None:
+        with gate.hold(stop) as held:
+            if held:
+                order.append(name)
+
+    with gate.hold(Stop()):
+        threads = [threading.Thread(target=wait, args=row) for row in ((gone, "gone"), (Stop(), "next"))]
+        for place, thread in enumerate(threads, 1):
+            thread.start()
+            wait_until(lambda place=place: gate.waiting == place)
+        gone.request()
+        threads[0].join(60)
+    threads[1].join(60)
+    assert order == ["next"]

@@ -1,0 +1,1 @@
+"""Many queries, every method, one at a time: an unattended comparison that survives being killed."""
