@@ -1,0 +1,1 @@
+"""Figures of a comparison: matplotlib for files (`files`), plotly for the page (`page`)."""

@@ -1,0 +1,181 @@
+"""Questions and answers as readable text, what differs from the baseline's answer marked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from engines.answer_diff import differences
+from engines.compare_figures.grid import footing, heading, note_lines, subtitle
+from engines.compare_view import MethodRow, ModelView, number
+from engines.figure_style.lettering import UNKNOWN, drawable, shorten, text_width, wrap_text
+from engines.figure_style.palette import method_styles
+from engines.figure_style.paper import BODY, GRID, INK, MARGIN, MUTED, SMALL, TITLE, WIDTH, Sheet
+from engines.methods import BASELINE
+
+LONGEST_QUESTION, LONGEST_ANSWER = 320, 420  # characters
+TALLEST = 3400.0  # points
+NEW = "#b1440e"  # as the page marks what is worse; with an underline, so that it is seen without colour
+_LINE, _INDENT, _HEAD = 11.0, 12.0, 13.0
+NOTE = f"First run of each query. Underlined: not in the baseline's answer; ‖ is where the two part. {UNKNOWN}: a character that this figure's font lacks."
+
+
+@dataclass(frozen=True)
+class Words:
+    """A piece of a line: its text, and whether it is new against the baseline's answer."""
+
+    text: str
+    new: bool
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer laid out: its head, its lines, and the note below."""
+
+    method: str
+    head: str
+    lines: list[list[Words]]
+    note: str
+
+    @property
+    def height(self) -> float:
+        """In points."""
+        return _HEAD + _LINE * (len(self.lines) + bool(self.note)) + 5
+
+
+def marked_words(baseline: str | None, text: str) -> list[Words]:
+    """The words of an answer, those that the baseline's answer does not have at that place marked; a bar where they first part."""
+    if baseline is None or baseline == text:
+        return [Words(w, False) for w in drawable(text).split()]
+    out, parted = [], False
+    for piece in differences(baseline, text):
+        if piece.kind in ("removed", "added") and not parted and piece.text.strip():
+            out.append(Words("‖", True))
+            parted = True
+        if piece.kind != "removed":
+            out += [Words(w, piece.kind == "added") for w in drawable(piece.text).split()]
+    return out
+
+
+def fill_lines(words: list[Words], width: float, size: float) -> list[list[Words]]:
+    """Words in lines of at most `width` points."""
+    lines: list[list[Words]] = [[]]
+    used, blank = 0.0, text_width(" ", size)
+    for word in words:
+        text = shorten(word.text, width, size)
+        wide = text_width(text, size)
+        if lines[-1] and used + wide > width:
+            lines.append([])
+            used = 0.0
+        lines[-1].append(Words(text, word.new))
+        used += wide + blank
+    return [line for line in lines if line]
+
+
+def _answer(view: ModelView, row: MethodRow, query: str, reference: str | None) -> Answer:
+    cells = [c for c in view.cells if c.get("method") == row.method and c.get("query") == query]
+    cell = next((c for c in cells if c.get("status") == "done"), cells[0] if cells else None)
+    status = cell.get("status") if cell else None
+    if cell is None or status != "done":
+        reason = {"failed": f"failed: {(cell or {}).get('error') or 'no reason recorded'}", "cancelled": "cancelled"}.get(str(status), "waiting")
+        return Answer(row.method, "", [[Words(line, False)] for line in wrap_text(reason, WIDTH - 2 * MARGIN - _INDENT, BODY)[:4]], "")
+    text = str(cell.get("text") or "")
+    if not text.strip():
+        return Answer(row.method, _head(cell), [], "an empty answer")
+    if row.method != BASELINE and text == reference:
+        return Answer(row.method, _head(cell), [], "the same as the baseline's, character by character")
+    shown = text[:LONGEST_ANSWER]
+    lines = fill_lines(marked_words(None if row.method == BASELINE else reference, shown), WIDTH - 2 * MARGIN - _INDENT, BODY)
+    return Answer(row.method, _head(cell), lines, f"… {len(text) - LONGEST_ANSWER:,} more characters" if len(text) > LONGEST_ANSWER else "")
+
+
+def _head(cell: Mapping[str, Any]) -> str:
+    metrics = cell.get("metrics") or {}
+    tokens, share = number(metrics.get("output_tokens")), number(metrics.get("agreement_share"))
+    parts = [f"{tokens:g} tokens" if tokens is not None else "", f"agreement {share:.0%}" if share is not None and cell.get("method") != BASELINE else ""]
+    return ", ".join(p for p in parts if p)
+
+
+def _answers(view: ModelView, query: str) -> list[Answer]:
+    reference = next((str(c.get("text") or "") for c in view.cells_of(BASELINE, query)), None)
+    return [_answer(view, row, query, None if reference is None else reference[: 2 * LONGEST_ANSWER]) for row in sorted(view.rows, key=lambda r: r.method != BASELINE)]
+
+
+def _question(text: str) -> list[str]:
+    cut = text if len(text) <= LONGEST_QUESTION else text[:LONGEST_QUESTION].rstrip() + "…"
+    return wrap_text(cut, WIDTH - 2 * MARGIN, BODY, bold=True)
+
+
+def _blocks(view: ModelView) -> Iterator[tuple[list[str], list[Answer], float]]:
+    """Queries until the sheet is full, with their heights; the first always."""
+    used = 0.0
+    for query in view.queries:
+        question, answers = _question(str(query.get("question") or "")), _answers(view, str(query.get("id")))
+        height = 11 * len(question) + 8 + sum(a.height for a in answers) + 10
+        if used and used + height > TALLEST:
+            return
+        used += height
+        yield question, answers, height
+
+
+def input_output_pairs(view: ModelView) -> Figure:
+    """Each question with every method's answer; what does not fit on the sheet is counted, never silently left out."""
+    blocks = list(_blocks(view))
+    left_out = len(view.queries) - len(blocks)
+    more = [f"{left_out} more {'query is' if left_out == 1 else 'queries are'} in the JSON file and in the report."] if left_out else []
+    below = wrap_text(subtitle(view), WIDTH - 2 * MARGIN, SMALL)
+    notes = note_lines([NOTE, *more])
+    sheet = Sheet(MARGIN + 13 + 10 * len(below) + 8 + 10 * len(notes) + 8 + sum(h for *_, h in blocks) + MARGIN, dpi=200)
+    top = heading(sheet, wrap_text("Questions and answers", WIDTH - 2 * MARGIN, TITLE, bold=True), below)
+    footing(sheet, top, notes)
+    top += 10 * len(notes) + 8
+    styles = method_styles(view.methods)
+    for question, answers, height in blocks:
+        _draw_block(sheet, top, question, answers, styles)
+        top += height
+    return sheet.figure
+
+
+def _draw_block(sheet: Sheet, top: float, question: list[str], answers: list[Answer], styles: Mapping[str, Any]) -> None:
+    sheet.line(MARGIN, top, WIDTH - MARGIN, GRID, 0.8)
+    top += 6
+    for line in question:
+        sheet.text(MARGIN, top, line, BODY, weight="bold")
+        top += 11
+    top += 2
+    for answer in answers:
+        _draw_answer(sheet, top, answer, styles[answer.method].colour)
+        top += answer.height
+
+
+def _draw_answer(sheet: Sheet, top: float, answer: Answer, colour: str) -> None:
+    from matplotlib.lines import Line2D
+
+    x = (MARGIN + 2) / WIDTH
+    sheet.figure.add_artist(Line2D([x, x], [1 - (top + 1) / sheet.height, 1 - (top + answer.height - 6) / sheet.height], color=colour, linewidth=3, solid_capstyle="butt"))
+    name = shorten(answer.method, WIDTH - 2 * MARGIN - _INDENT - text_width(answer.head, SMALL) - 8, SMALL, bold=True)
+    sheet.text(MARGIN + _INDENT, top, name, SMALL, weight="bold")
+    sheet.text(WIDTH - MARGIN, top, answer.head, SMALL, MUTED, ha="right")
+    top += _HEAD - 1
+    for line in answer.lines:
+        _draw_line(sheet, top, line)
+        top += _LINE
+    if answer.note:
+        sheet.text(MARGIN + _INDENT, top, answer.note, SMALL, MUTED, style="italic")
+
+
+def _draw_line(sheet: Sheet, top: float, line: list[Words]) -> None:
+    left, blank = MARGIN + _INDENT, text_width(" ", BODY)
+    start = 0
+    while start < len(line):  # neighbours of one kind are one text
+        end = next((n for n in range(start, len(line)) if line[n].new != line[start].new), len(line))
+        text = " ".join(w.text for w in line[start:end])
+        wide, new = text_width(text, BODY), line[start].new
+        sheet.text(left, top, text, BODY, NEW if new else INK)
+        if new:
+            sheet.line(left, top + 10.2, left + wide, NEW, 0.6)
+        left += wide + blank
+        start = end

@@ -1,0 +1,143 @@
+"""Decode speed against memory, sized by quality loss, the Pareto front marked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from engines.compare_figures.grid import footing, heading, note_lines, subtitle
+from engines.compare_figures.scale import Scale, scale_of
+from engines.compare_view import ModelView, failure_notes
+from engines.figure_style.lettering import drawable, shorten, text_width, wrap_text
+from engines.figure_style.palette import method_styles
+from engines.figure_style.paper import BODY, GRID, INK, MARGIN, MUTED, PAPER, SMALL, TITLE, WIDTH, Sheet
+from engines.pareto import Point, front, points
+
+TALL, LEFT, _LABEL = 270.0, 40.0, 120.0
+NOTE = (
+    "Up and to the left is better. Size: quality lost, in bits per byte of the baseline's answer above the baseline's own. Ringed and bold: on the Pareto "
+    "front, no method is at least as good in speed, memory and quality and better in one. Memory: weights in use + committed KV cache."
+)
+Box = tuple[float, float, float, float]
+
+
+def marker_size(loss: float) -> float:
+    """Area of a marker in square points: 26 without loss, growing with its root, 300 from half a bit on."""
+    return 26 + 274 * math.sqrt(min(1.0, max(0.0, loss) / 0.5))
+
+
+def pareto(view: ModelView) -> Figure:
+    """Every method with speed, memory and quality; the others are named below with the reason."""
+    found, missing = points(view)
+    notes = note_lines([NOTE, *(f"{m}: not shown, {reason.rstrip('.')}." for m, reason in missing.items() if not reason.startswith("failed")), *failure_notes(view)])
+    head = wrap_text(subtitle(view), WIDTH - 2 * MARGIN, SMALL)
+    sheet = Sheet(MARGIN + 13 + 10 * len(head) + 8 + TALL + 48 + 26 + 10 * len(notes) + MARGIN)
+    top = heading(sheet, wrap_text("Speed, memory and quality", WIDTH - 2 * MARGIN, TITLE, bold=True), head)
+    sheet.text(MARGIN, top, "decode speed, tok/s", SMALL, MUTED)
+    axes = sheet.axes(LEFT, top + 14, WIDTH - LEFT - MARGIN, TALL)
+    memory = scale_of([p.memory_bytes for p in found], "bytes")
+    _set_axes(axes, found, memory)
+    sheet.text(WIDTH - MARGIN, top + 14 + TALL + 14, f"weights + KV cache, {memory.unit}", SMALL, MUTED, ha="right")
+    if found:
+        _draw(axes, view, found, memory)
+        _draw_key(sheet, top + TALL + 48)
+    else:
+        axes.text(0.5, 0.5, "nothing to compare yet", transform=axes.transAxes, ha="center", fontsize=BODY, color=MUTED, style="italic")
+    footing(sheet, top + TALL + 72, notes)
+    return sheet.figure
+
+
+def _set_axes(axes: Axes, found: Sequence[Point], memory: Scale) -> None:
+    axes.grid(axis="y", color=GRID, linewidth=0.6)
+    if not found:
+        axes.set_xticks([])
+        axes.set_yticks([])
+        return
+    speeds, sizes = [p.speed_tok_s for p in found], [p.memory_bytes / memory.divisor for p in found]
+    axes.set_xlim(0, max(sizes) * 1.22 or 1.0)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    if min(speeds) > 0 and max(speeds) > 5 * min(speeds):
+        axes.set_yscale("log")
+        axes.set_ylim(min(speeds) / 1.6, max(speeds) * 1.6)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.minorticks_off()
+    else:
+        axes.set_ylim(0, max(speeds) * 1.18 or 1.0)
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+
+
+def _draw(axes: Axes, view: ModelView, found: Sequence[Point], memory: Scale) -> None:
+    styles, best = method_styles(view.methods), {p.method for p in front(found)}
+    base = next((p for p in found if p.method == "baseline"), None)
+    if base:
+        axes.axhline(base.speed_tok_s, color=MUTED, linewidth=0.9, linestyle=(0, (3, 2)), zorder=1)
+        axes.axvline(base.memory_bytes / memory.divisor, color=MUTED, linewidth=0.9, linestyle=(0, (3, 2)), zorder=1)
+    places = {p.method: (p.memory_bytes / memory.divisor, p.speed_tok_s) for p in found}
+    for p in sorted(found, key=lambda q: -q.loss_bits_per_byte):
+        x, y = places[p.method]
+        style, size, on_front = styles[p.method], marker_size(p.loss_bits_per_byte), p.method in best
+        if on_front:
+            axes.scatter([x], [y], s=(math.sqrt(size) + 5) ** 2, facecolors="none", edgecolors=INK, linewidths=1.2, marker=style.marker, zorder=3)
+        axes.scatter([x], [y], s=size, color=style.colour, marker=style.marker, alpha=0.9 if on_front else 0.6, linewidths=0.6, edgecolors=PAPER, zorder=4)
+    for method, (x, y), (dx, dy), text in _labels(axes, found, places, best):
+        far = math.hypot(dx, dy) > 26
+        axes.annotate(
+            text, (x, y), (dx, dy), textcoords="offset points", fontsize=SMALL, color=INK if method in best else MUTED, weight="bold" if method in best else "normal",
+            ha="left", va="center_baseline", zorder=5, arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 2} if far else None,
+        )
+
+
+def _labels(axes: Axes, found: Sequence[Point], places: dict[str, tuple[float, float]], best: set[str]) -> Iterator[tuple[str, tuple[float, float], tuple[float, float], str]]:
+    """Where each name goes: the nearest of many places at which it covers neither a marker nor another name. Offsets in points."""
+    scale = 72 / axes.figure.dpi
+    dots = {m: axes.transData.transform(place) * scale for m, place in places.items()}
+    frame = axes.get_window_extent().extents * scale
+    taken: list[Box] = []
+    for p in found:
+        r = math.sqrt(marker_size(p.loss_bits_per_byte)) / 2 + 1
+        x, y = dots[p.method]
+        taken.append((x - r, y - r, x + r, y + r))
+    for p in sorted(found, key=lambda q: (q.method not in best, -q.speed_tok_s)):
+        text, bold = shorten(p.method, _LABEL, SMALL, p.method in best), p.method in best
+        wide, x, y = text_width(text, SMALL, bold) + 2, *dots[p.method]
+        dx, dy = min(_offsets(wide, marker_size(p.loss_bits_per_byte)), key=lambda o: _cost((x + o[0], y + o[1] - 5, x + o[0] + wide, y + o[1] + 5), taken, frame, o))
+        taken.append((x + dx, y + dy - 5, x + dx + wide, y + dy + 5))
+        yield p.method, places[p.method], (float(dx), float(dy)), drawable(text)
+
+
+def _offsets(wide: float, size: float) -> list[tuple[float, float]]:
+    near = math.sqrt(size) / 2 + 6
+    rings = [(side, level * 5.5) for level in range(-18, 19) for side in (near, -near - wide, -wide / 2)]
+    return [(dx, dy) for dx, dy in rings if dx != -wide / 2 or abs(dy) >= near + 3]
+
+
+def _cost(box: Box, taken: Sequence[Box], frame: Sequence[float], offset: tuple[float, float]) -> float:
+    """Overlap and leaving the axes cost most, then distance."""
+    x0, y0, x1, y1 = box
+    overlap = sum(max(0.0, min(x1, b[2]) - max(x0, b[0])) * max(0.0, min(y1, b[3]) - max(y0, b[1])) for b in taken)
+    outside = max(0.0, frame[0] - x0) + max(0.0, x1 - frame[2]) + max(0.0, frame[1] - y0) + max(0.0, y1 - frame[3])
+    reach = abs(offset[1]) + (0.0 if offset[0] > 0 else 4.0)
+    return 50 * overlap + 200 * outside + reach
+
+
+def _draw_key(sheet: Sheet, top: float) -> None:
+    """Three sizes with their losses."""
+    axes = sheet.axes(MARGIN, top, WIDTH - 2 * MARGIN, 20)
+    axes.grid(False)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_xlim(0, WIDTH - 2 * MARGIN)
+    axes.set_ylim(-1, 1)
+    axes.text(0, 0, "bits per byte lost:", va="center_baseline", fontsize=SMALL, color=MUTED)
+    left = 90.0
+    for loss, text in ((0.0, "0"), (0.05, "0.05"), (0.2, "0.2"), (0.5, "0.5 or more")):
+        axes.scatter([left], [0], s=marker_size(loss), color=MUTED, alpha=0.5, linewidths=0)
+        axes.text(left + 12, 0, text, va="center_baseline", fontsize=SMALL, color=MUTED)
+        left += 50
