@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
@@ -13,15 +14,17 @@ from engines.compare_figures.bars import ABSENT
 from engines.compare_figures.grid import Rows, panel_grid
 from engines.compare_figures.scale import Scale, scale_of
 from engines.compare_view import ModelView, definition
+from engines.figure_style.lettering import text_width
 from engines.figure_style.palette import PALETTE
 from engines.figure_style.paper import INK, MUTED, SMALL
 
 COLUMNS = {
-    "ttft_s": "First\ntoken", "decode_tok_s": "Decode\nspeed", "weights_in_use_bytes": "Weights\n", "kv_committed_bytes": "KV\ncache",
-    "baseline_answer_bits_per_byte": "Bits per\nbyte", "agreement_share": "Agree-\nment", "keyword_recall": "Key-\nwords",
+    "ttft_s": ("First", "token"), "decode_tok_s": ("", "Decode"), "weights_in_use_bytes": ("", "Weights"), "kv_committed_bytes": ("KV", "cache"),
+    "baseline_answer_bits_per_byte": ("Bits per", "byte"), "agreement_share": ("Agree-", "ment"), "keyword_recall": ("Key-", "words"),
 }
 BETTER, WORSE = PALETTE[0], PALETTE[1]
 _FULL_FACTOR, _FULL_DIFFERENCE = 4.0, 0.5
+_CELL = 7.0
 NOTE = (
     "Medians over answers. Blue: better than the baseline, orange: worse; full colour at 4 times, and for bits per byte, agreement and "
     "keywords at a difference of 0.5. ▴ and ▾ say the same without colour."
@@ -49,7 +52,7 @@ class Table:
         return ""
 
     def unit(self, view: ModelView) -> str:
-        """Units stand under the columns."""
+        """Units stand in the column heads."""
         return ""
 
     def draw(self, axes: Axes, rows: Rows) -> None:
@@ -60,8 +63,7 @@ class Table:
         for x, (metric, title) in enumerate(COLUMNS.items()):
             meta = definition(rows.view.record, metric)
             scale = scale_of([r.metrics[metric].median for r in rows.view.rows if metric in r.metrics], meta["unit"])
-            axes.annotate(title.strip(), (x + 0.5, 1), (0, 4), xycoords=("data", "axes fraction"), textcoords="offset points", ha="center", va="bottom", fontsize=SMALL, color=INK, weight="bold", linespacing=1.05)
-            axes.annotate(scale.unit, (x + 0.5, 0), (0, -3), xycoords=("data", "axes fraction"), textcoords="offset points", ha="center", va="top", fontsize=SMALL, color=MUTED)
+            _draw_head(axes, x, (*title, "" if scale.unit == "bits/byte" else scale.unit), rows.width / len(COLUMNS))
             for y, method in enumerate(rows.methods):
                 self._draw_cell(axes, rows, x, y, method, metric, scale)
 
@@ -69,7 +71,7 @@ class Table:
         found, state = rows.view.spread(method, metric), next(r.state for r in rows.view.rows if r.method == method)
         if found is None:
             if state == "measured":
-                axes.text(x + 0.5, y, "n. m.", ha="center", va="center_baseline", fontsize=SMALL, color=MUTED, style="italic")
+                axes.text(x + 0.8, y, "n. m.", ha="right", va="center_baseline", fontsize=_CELL, color=MUTED, style="italic")
             elif x == 0:
                 axes.text(0.1, y, ABSENT[state], va="center_baseline", fontsize=SMALL, color=MUTED, style="italic")
             return
@@ -78,7 +80,18 @@ class Table:
         if abs(tone) >= 0.02:
             axes.add_patch(Rectangle((x + 0.03, y - 0.45), 0.94, 0.9, color=BETTER if tone > 0 else WORSE, alpha=0.08 + 0.42 * abs(tone), linewidth=0))
         mark = "▴" if tone >= 0.02 else "▾" if tone <= -0.02 else ""
-        axes.text(x + 0.5, y, f"{scale.text(found.median)}{mark}", ha="center", va="center_baseline", fontsize=SMALL, color=INK)
+        axes.text(x + 0.8, y, scale.text(found.median), ha="right", va="center_baseline", fontsize=_CELL, color=INK)
+        axes.text(x + 0.89, y, mark, ha="center", va="center_baseline", fontsize=5.5, color=INK)
+
+
+def _draw_head(axes: Axes, x: int, lines: Sequence[str], width: float) -> None:
+    """Two lines of title and one of unit over a column, each small enough for it."""
+    for place, text in enumerate(lines):
+        size, is_unit = min(_CELL, _CELL * (width - 2) / (text_width(text, _CELL, bold=place < 2) or 1)), place == 2
+        axes.annotate(
+            text, (x + 0.8, 1), (0, 23 - 9 * place), xycoords=("data", "axes fraction"), textcoords="offset points", ha="right", va="baseline", fontsize=size,
+            color=MUTED if is_unit else INK, weight="normal" if is_unit else "bold",
+        )
 
 
 def all_methods(view: ModelView) -> Figure:

@@ -12,7 +12,9 @@ from engines.compare_view import ModelView, definition
 
 TIME = (("ttft_s", "tpot_median_s"), ("total_s", "prefill_tok_s"))
 TOKENS = (("prompt_tokens", "prompt_tokens_unfiltered"), ("output_tokens", "output_chars"))
-MEMORY = (("weights_in_use_bytes", "weights_packed_bytes"), ("weights_kept_for_undo_bytes", "kv_in_use_bytes"), ("kv_committed_bytes", "kv_reserved_bytes"), ("peak_rss_bytes",))
+MEMORY = (
+    ("weights_in_use_bytes", "weights_packed_bytes", "weights_kept_for_undo_bytes"), ("kv_in_use_bytes", "kv_committed_bytes", "kv_reserved_bytes"), ("peak_rss_bytes",),
+)
 QUALITY = (("baseline_answer_bits_per_byte", "agreement_share"), ("rouge_l", "keyword_recall"), ("distinct_2", "repetition_rate"))
 ALL_NINE = (
     ("ttft_s", "tpot_median_s", "decode_tok_s"), ("weights_in_use_bytes", "kv_committed_bytes", "chars_s_per_gib"),

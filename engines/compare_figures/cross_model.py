@@ -10,15 +10,14 @@ from matplotlib.figure import Figure
 
 from engines.compare_figures.bars import draw_absent, value_ticks
 from engines.compare_figures.grid import Rows, panel_grid
-from engines.compare_figures.scale import Scale, better_text, scale_of, short_title
+from engines.compare_figures.scale import Scale, scale_of, short_title, unit_line
 from engines.compare_figures.strips import log_axis
 from engines.compare_view import ModelView, definition
 from engines.figure_style.lettering import shorten
+from engines.figure_style.palette import GLYPHS, MARKERS
 from engines.figure_style.paper import INK, MARGIN, SMALL, WIDTH
 
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 METRICS_SHOWN = ("decode_tok_s", "weights_in_use_bytes", "agreement_share")
-_MARKER_NAMES = ("●", "■", "▲", "◆", "▼", "✚", "✖", "★")
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class ByModel:
     def unit(self, view: ModelView) -> str:
         """The unit and the better side."""
         words = "logarithmic" if self.logarithmic() else ""
-        return "  ".join(p for p in (", ".join(w for w in (self.scale().unit, words) if w), better_text(definition(view.record, self.metric)["better"])) if p)
+        return unit_line(", ".join(w for w in (self.scale().unit, words) if w), definition(view.record, self.metric)["better"])
 
     def medians(self) -> list[float]:
         """All values of the panel."""
@@ -63,9 +62,9 @@ class ByModel:
                 if spread.p10 is not None and spread.p90 is not None:
                     axes.plot([spread.p10 / scale.divisor, spread.p90 / scale.divisor], [height, height], color=colour, linewidth=0.9, zorder=2)
                 axes.scatter([spread.median / scale.divisor], [height], s=20, color=colour, marker=MARKERS[n % len(MARKERS)], linewidths=0.5, edgecolors=INK, zorder=3)
-        self._set_axis(axes, scale)
+        self._set_axis(axes, scale, rows.width)
 
-    def _set_axis(self, axes: Axes, scale: Scale) -> None:
+    def _set_axis(self, axes: Axes, scale: Scale, width: float) -> None:
         spreads = [r.metrics[self.metric] for v in self.views for r in v.rows if self.metric in r.metrics]
         low = min((s.median if s.p10 is None else min(s.p10, s.median) for s in spreads), default=0.0) / scale.divisor
         high = max((s.highest for s in spreads), default=1.0) / scale.divisor
@@ -73,13 +72,13 @@ class ByModel:
             log_axis(axes, low, high)
             return
         axes.set_xlim(0, (high or 1.0) * 1.06)
-        value_ticks(axes, high or 1.0, bool(spreads))
+        value_ticks(axes, high or 1.0, bool(spreads), width)
 
 
 def cross_model(views: Sequence[ModelView]) -> Figure:
     """Speed, memory and agreement of every method on every model."""
     first = views[0]
-    key = [f"{_MARKER_NAMES[n % len(_MARKER_NAMES)]} {v.model_id}" for n, v in enumerate(views)]
+    key = [f"{GLYPHS[n % len(GLYPHS)]} {v.model_id}" for n, v in enumerate(views)]
     notes = ["Marker: median over answers; line: 10th to 90th percentile."]
     panels = [[ByModel(m, tuple(views))] for m in METRICS_SHOWN]
     return panel_grid(first, "Methods across models", panels, first.sorted_methods("decode_tok_s"), notes, "   ".join(shorten(k, WIDTH - 2 * MARGIN, SMALL) for k in key))

@@ -10,7 +10,14 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from engines.compare_figures.all_methods import all_methods
-from engines.compare_figures.bar_figures import comprehensive_dashboard, efficiency_metrics, memory_metrics, quality_comparison, time_metrics, token_metrics
+from engines.compare_figures.bar_figures import (
+    comprehensive_dashboard,
+    efficiency_metrics,
+    memory_metrics,
+    quality_comparison,
+    time_metrics,
+    token_metrics,
+)
 from engines.compare_figures.cross_model import cross_model
 from engines.compare_figures.pairs import input_output_pairs
 from engines.compare_figures.pareto_plot import pareto

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from engines.compare_figures.names import name_lines, shortened
 from engines.compare_view import ModelView, failure_notes
-from engines.figure_style.lettering import text_width, wrap_text
+from engines.figure_style.lettering import shorten, text_width, wrap_text
 from engines.figure_style.palette import MethodStyle, method_styles
 from engines.figure_style.paper import BODY, GRID, INK, MARGIN, MUTED, SMALL, TITLE, WIDTH, Sheet
 
@@ -127,12 +127,20 @@ def _draw_block(sheet: Sheet, top: float, plan: _Plan, group: Sequence[Panel], r
             sheet.line(MARGIN, top + HEAD + plan.row * place, WIDTH - MARGIN, GRID, 0.3)
     for place, panel in enumerate(group):
         start = left + place * (width + GAP)
-        sheet.text(start, top, panel.title(rows.view), BODY, weight="bold")
-        sheet.text(start, top + 12, panel.unit(rows.view), SMALL, MUTED)
+        _draw_panel_head(sheet, start, top, width, panel, rows.view)
         axes = sheet.axes(start, top + HEAD, width, tall)
         axes.set_ylim(len(rows.methods) - 0.5, -0.5)
         axes.set_yticks([])
         panel.draw(axes, Rows(rows.view, rows.methods, rows.styles, width))
+
+
+def _draw_panel_head(sheet: Sheet, left: float, top: float, width: float, panel: Panel, view: ModelView) -> None:
+    """Title and unit, made to fit: a smaller title, an arrow without its word, a shorter unit."""
+    title, unit = panel.title(view), panel.unit(view)
+    sheet.text(left, top, title, min(BODY, BODY * width / (text_width(title, BODY, bold=True) or 1)), weight="bold")
+    for long, short in (("◂ better", "◂"), ("better ▸", "▸"), ("thousand ", "k ")):
+        unit = unit if text_width(unit, SMALL) <= width else unit.replace(long, short)
+    sheet.text(left, top + 12, shorten(unit, width + 4, SMALL), SMALL, MUTED)
 
 
 def _draw_name(sheet: Sheet, right: float, middle: float, lines: Sequence[str], view: ModelView, method: str) -> None:

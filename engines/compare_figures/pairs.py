@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 
 from engines.answer_diff import differences
 from engines.compare_figures.grid import footing, heading, note_lines, subtitle
-from engines.compare_view import MethodRow, ModelView, number
+from engines.compare_view import ModelView, number
 from engines.figure_style.lettering import UNKNOWN, drawable, shorten, text_width, wrap_text
-from engines.figure_style.palette import method_styles
+from engines.figure_style.palette import MethodStyle, method_styles
 from engines.figure_style.paper import BODY, GRID, INK, MARGIN, MUTED, SMALL, TITLE, WIDTH, Sheet
 from engines.methods import BASELINE
 
@@ -20,7 +20,7 @@ LONGEST_QUESTION, LONGEST_ANSWER = 320, 420  # characters
 TALLEST = 3400.0  # points
 NEW = "#b1440e"  # as the page marks what is worse; with an underline, so that it is seen without colour
 _LINE, _INDENT, _HEAD = 11.0, 12.0, 13.0
-NOTE = f"First run of each query. Underlined: not in the baseline's answer; ‖ is where the two part. {UNKNOWN}: a character that this figure's font lacks."
+NOTE = f"First run of each query; methods that answered alike stand together. Underlined: not in the baseline's answer; ‖ is where the two part. {UNKNOWN}: a character that this figure's font lacks."
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,10 @@ class Words:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer laid out: its head, its lines, and the note below."""
+    """One answer laid out: the methods that gave it, what was measured of it, its lines, and a note below."""
 
-    method: str
+    methods: tuple[str, ...]
+    names: list[str]
     head: str
     lines: list[list[Words]]
     note: str
@@ -43,7 +44,7 @@ class Answer:
     @property
     def height(self) -> float:
         """In points."""
-        return _HEAD + _LINE * (len(self.lines) + bool(self.note)) + 5
+        return _HEAD + _LINE * (len(self.names) - 1 + len(self.lines) + bool(self.note)) + 5
 
 
 def marked_words(baseline: str | None, text: str) -> list[Words]:
@@ -75,33 +76,41 @@ def fill_lines(words: list[Words], width: float, size: float) -> list[list[Words
     return [line for line in lines if line]
 
 
-def _answer(view: ModelView, row: MethodRow, query: str, reference: str | None) -> Answer:
-    cells = [c for c in view.cells if c.get("method") == row.method and c.get("query") == query]
-    cell = next((c for c in cells if c.get("status") == "done"), cells[0] if cells else None)
-    status = cell.get("status") if cell else None
-    if cell is None or status != "done":
-        reason = {"failed": f"failed: {(cell or {}).get('error') or 'no reason recorded'}", "cancelled": "cancelled"}.get(str(status), "waiting")
-        return Answer(row.method, "", [[Words(line, False)] for line in wrap_text(reason, WIDTH - 2 * MARGIN - _INDENT, BODY)[:4]], "")
+def _given(view: ModelView, method: str, query: str) -> tuple[str, str, str]:
+    """What a method made of a query the first time: text, else the reason why there is none, and what was measured."""
+    cells = [c for c in view.cells if c.get("method") == method and c.get("query") == query]
+    cell = next((c for c in cells if c.get("status") == "done"), cells[0] if cells else {})
+    if cell.get("status") != "done":
+        failed = f"failed: {cell.get('error') or 'no reason recorded'}"
+        return "", {"failed": failed, "cancelled": "cancelled"}.get(str(cell.get("status")), "waiting"), ""
     text = str(cell.get("text") or "")
-    if not text.strip():
-        return Answer(row.method, _head(cell), [], "an empty answer")
-    if row.method != BASELINE and text == reference:
-        return Answer(row.method, _head(cell), [], "the same as the baseline's, character by character")
-    shown = text[:LONGEST_ANSWER]
-    lines = fill_lines(marked_words(None if row.method == BASELINE else reference, shown), WIDTH - 2 * MARGIN - _INDENT, BODY)
-    return Answer(row.method, _head(cell), lines, f"… {len(text) - LONGEST_ANSWER:,} more characters" if len(text) > LONGEST_ANSWER else "")
+    return text, "" if text.strip() else "an empty answer", _head(cell)
 
 
 def _head(cell: Mapping[str, Any]) -> str:
     metrics = cell.get("metrics") or {}
     tokens, share = number(metrics.get("output_tokens")), number(metrics.get("agreement_share"))
-    parts = [f"{tokens:g} tokens" if tokens is not None else "", f"agreement {share:.0%}" if share is not None and cell.get("method") != BASELINE else ""]
+    parts = [f"{tokens:g} tokens" if tokens is not None else "", f"agreement {share:.0%}" if share is not None else ""]
     return ", ".join(p for p in parts if p)
 
 
 def _answers(view: ModelView, query: str) -> list[Answer]:
+    """The answers to a query, the baseline's first; methods that answered alike share one."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for method in sorted(view.methods, key=lambda m: m != BASELINE):
+        groups.setdefault(_given(view, method, query), []).append(method)
     reference = next((str(c.get("text") or "") for c in view.cells_of(BASELINE, query)), None)
-    return [_answer(view, row, query, None if reference is None else reference[: 2 * LONGEST_ANSWER]) for row in sorted(view.rows, key=lambda r: r.method != BASELINE)]
+    return [_lay_out(tuple(methods), *given, None if BASELINE in methods else reference) for given, methods in groups.items()]
+
+
+def _lay_out(methods: tuple[str, ...], text: str, reason: str, head: str, reference: str | None) -> Answer:
+    width = WIDTH - 2 * MARGIN - _INDENT
+    names = wrap_text(", ".join(methods), width - text_width(head, SMALL) - 8, SMALL, bold=True)
+    if reason:
+        return Answer(methods, names, head, [[Words(line, False)] for line in wrap_text(reason, width, BODY)[:4]], "")
+    # As much of the reference as of the answer and more: a cut must not look like a difference.
+    lines = fill_lines(marked_words(None if reference is None else reference[: 2 * LONGEST_ANSWER], text[:LONGEST_ANSWER]), width, BODY)
+    return Answer(methods, names, head, lines, f"… {len(text) - LONGEST_ANSWER:,} more characters" if len(text) > LONGEST_ANSWER else "")
 
 
 def _question(text: str) -> list[str]:
@@ -139,7 +148,7 @@ def input_output_pairs(view: ModelView) -> Figure:
     return sheet.figure
 
 
-def _draw_block(sheet: Sheet, top: float, question: list[str], answers: list[Answer], styles: Mapping[str, Any]) -> None:
+def _draw_block(sheet: Sheet, top: float, question: list[str], answers: list[Answer], styles: Mapping[str, MethodStyle]) -> None:
     sheet.line(MARGIN, top, WIDTH - MARGIN, GRID, 0.8)
     top += 6
     for line in question:
@@ -147,19 +156,19 @@ def _draw_block(sheet: Sheet, top: float, question: list[str], answers: list[Ans
         top += 11
     top += 2
     for answer in answers:
-        _draw_answer(sheet, top, answer, styles[answer.method].colour)
+        _draw_answer(sheet, top, answer, [styles[m].colour for m in answer.methods])
         top += answer.height
 
 
-def _draw_answer(sheet: Sheet, top: float, answer: Answer, colour: str) -> None:
-    from matplotlib.lines import Line2D
-
-    x = (MARGIN + 2) / WIDTH
-    sheet.figure.add_artist(Line2D([x, x], [1 - (top + 1) / sheet.height, 1 - (top + answer.height - 6) / sheet.height], color=colour, linewidth=3, solid_capstyle="butt"))
-    name = shorten(answer.method, WIDTH - 2 * MARGIN - _INDENT - text_width(answer.head, SMALL) - 8, SMALL, bold=True)
-    sheet.text(MARGIN + _INDENT, top, name, SMALL, weight="bold")
+def _draw_answer(sheet: Sheet, top: float, answer: Answer, colours: list[str]) -> None:
+    part = (answer.height - 7) / len(colours)
+    for place, colour in enumerate(colours):
+        sheet.bar(MARGIN, top + 1 + place * part, 3, part, colour)
     sheet.text(WIDTH - MARGIN, top, answer.head, SMALL, MUTED, ha="right")
-    top += _HEAD - 1
+    for name in answer.names:
+        sheet.text(MARGIN + _INDENT, top, name, SMALL, weight="bold")
+        top += _LINE
+    top += _HEAD - _LINE - 1
     for line in answer.lines:
         _draw_line(sheet, top, line)
         top += _LINE

@@ -87,10 +87,10 @@ def _draw(axes: Axes, view: ModelView, found: Sequence[Point], memory: Scale) ->
             axes.scatter([x], [y], s=(math.sqrt(size) + 5) ** 2, facecolors="none", edgecolors=INK, linewidths=1.2, marker=style.marker, zorder=3)
         axes.scatter([x], [y], s=size, color=style.colour, marker=style.marker, alpha=0.9 if on_front else 0.6, linewidths=0.6, edgecolors=PAPER, zorder=4)
     for method, (x, y), (dx, dy), text in _labels(axes, found, places, best):
-        far = math.hypot(dx, dy) > 26
+        far = abs(dy) > 14
         axes.annotate(
             text, (x, y), (dx, dy), textcoords="offset points", fontsize=SMALL, color=INK if method in best else MUTED, weight="bold" if method in best else "normal",
-            ha="left", va="center_baseline", zorder=5, arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 2} if far else None,
+            ha="left", va="center_baseline", zorder=5, bbox={"facecolor": PAPER, "edgecolor": "none", "alpha": 0.8, "pad": 0.4}, arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 2} if far else None,
         )
 
 
@@ -101,7 +101,7 @@ def _labels(axes: Axes, found: Sequence[Point], places: dict[str, tuple[float, f
     frame = axes.get_window_extent().extents * scale
     taken: list[Box] = []
     for p in found:
-        r = math.sqrt(marker_size(p.loss_bits_per_byte)) / 2 + 1
+        r = math.sqrt(marker_size(p.loss_bits_per_byte)) / 2 + (3.5 if p.method in best else 1)
         x, y = dots[p.method]
         taken.append((x - r, y - r, x + r, y + r))
     for p in sorted(found, key=lambda q: (q.method not in best, -q.speed_tok_s)):
@@ -113,7 +113,7 @@ def _labels(axes: Axes, found: Sequence[Point], places: dict[str, tuple[float, f
 
 
 def _offsets(wide: float, size: float) -> list[tuple[float, float]]:
-    near = math.sqrt(size) / 2 + 6
+    near = math.sqrt(size) / 2 + 5
     rings = [(side, level * 5.5) for level in range(-18, 19) for side in (near, -near - wide, -wide / 2)]
     return [(dx, dy) for dx, dy in rings if dx != -wide / 2 or abs(dy) >= near + 3]
 

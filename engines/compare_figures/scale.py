@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from core.units import NOT_MEASURED, format_number
+from core.units import NOT_MEASURED
+from engines.compare_view import Spread
 
 _SHORT = {
     "ttft_s": "First token", "tpot_median_s": "Time per token", "tpot_p90_s": "Time per token, p90", "total_s": "Whole answer", "prefill_tok_s": "Prefill speed",
@@ -30,11 +32,15 @@ class Scale:
     unit: str
 
     def text(self, value: float | None) -> str:
-        """Three significant digits; a dash for what was not measured."""
+        """Three significant digits, bits per byte to thousandths; a dash for what was not measured."""
         if value is None:
             return NOT_MEASURED
         shown = value / self.divisor
-        return format_number(round(shown) if abs(shown) >= 99.5 else shown) if shown else "0"
+        if self.unit == "bits/byte":
+            return f"{shown:.3f}"
+        if not shown:
+            return "0"
+        return f"{shown:,.{max(0, 2 - math.floor(math.log10(abs(shown) * 1.0005)))}f}"
 
 
 def scale_of(values: Iterable[float], unit: str) -> Scale:
@@ -47,9 +53,18 @@ def scale_of(values: Iterable[float], unit: str) -> Scale:
         return Scale(float(2 ** (10 * step)), ("B", "KiB", "MiB", "GiB")[step])
     if unit == "share":
         return Scale(0.01, "%")
-    return Scale(1.0, {"tok": "tokens", "chars": "characters", "chars/s/GiB": "chars/s/GiB"}.get(unit, unit))
+    if "/" in unit and largest >= 1e5:
+        return Scale(1e3, f"thousand {unit}")
+    return Scale(1.0, {"tok": "tokens", "chars": "characters"}.get(unit, unit))
 
 
-def better_text(better: str | None) -> str:
-    """An arrow to the better side of a horizontal axis; empty where neither is."""
-    return {"low": "◂ better", "high": "better ▸"}.get(better or "", "")
+def unit_line(unit: str, better: str | None) -> str:
+    """The unit with an arrow to the better side of a horizontal axis, where one is better."""
+    return "  ".join(p for p in (unit, {"low": "◂ better", "high": "better ▸"}.get(better or "", "")) if p)
+
+
+def axis_limit(spreads: Sequence[Spread]) -> float:
+    """Where bars end: at the longest line, but not so far beyond the largest median that nothing could be read of the bars."""
+    if not spreads:
+        return 1.0
+    return min(max(s.highest for s in spreads), 4 * max(s.median for s in spreads)) or 1.0

@@ -65,7 +65,7 @@ class Points:
             axes.scatter(values, heights, s=13, color=style.colour, marker=style.marker, alpha=0.75, linewidths=0.4, edgecolors=PAPER, zorder=3)
             middle = percentile(values, 0.5)
             axes.plot([middle, middle], [y - 0.36, y + 0.36], color=INK, linewidth=1.4, solid_capstyle="butt", zorder=4)
-        value_ticks(axes, highest, any(drawn.values()))
+        value_ticks(axes, highest, any(drawn.values()), rows.width)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def log_axis(axes: Axes, low: float, high: float) -> None:
     axes.set_xscale("log")
     axes.set_xlim(low / 1.15, high * 1.15)
     decades = high / low
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 100 else (1.0,)))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 400 else (1.0,)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.minorticks_off()

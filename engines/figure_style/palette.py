@@ -14,7 +14,8 @@ NEUTRAL = "#808793"  # readable on white and on black
 _BLUE, _VERMILION, _GREEN, _PINK, _ORANGE, _SKY = range(6)
 _HATCHES = ("", "////", "xxxx", "....", "\\\\\\\\", "----", "++++")
 _PATTERNS = ("", "/", "x", ".", "\\", "-", "+")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+GLYPHS = ("●", "■", "▲", "◆", "▼", "✚", "✖")
 _SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x")
 
 # Relatives share a colour and differ in the second channel: bitsandbytes beside our own form, each cache beside the other.
@@ -45,7 +46,12 @@ class MethodStyle:
     @property
     def marker(self) -> str:
         """matplotlib's marker."""
-        return _MARKERS[self.shape]
+        return MARKERS[self.shape]
+
+    @property
+    def glyph(self) -> str:
+        """The marker as a character."""
+        return GLYPHS[self.shape]
 
     @property
     def symbol(self) -> str:
@@ -61,8 +67,8 @@ def _wanted_place(method: str) -> tuple[int, int]:
     if method in _KNOWN:
         return _KNOWN[method]
     code = crc32(method.encode("utf-8", "replace"))
-    last = method.split("+")[-1].split(":")[0].strip()
-    return _KNOWN.get(last, (code % len(PALETTE), 0))[0], 2 + code % (len(_MARKERS) - 2)
+    last = method.rsplit("+", maxsplit=1)[-1].split(":", maxsplit=1)[0].strip()
+    return _KNOWN.get(last, (code % len(PALETTE), 0))[0], 2 + code % (len(MARKERS) - 2)
 
 
 def method_styles(methods: Iterable[str]) -> dict[str, MethodStyle]:

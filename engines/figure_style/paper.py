@@ -10,6 +10,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 
 from core.files import write_bytes
 from engines.figure_style.lettering import FAMILY, drawable
@@ -20,7 +22,7 @@ INK, MUTED, GRID, PAPER = "#1b2430", "#5b6573", "#d9dee5", "#ffffff"
 TITLE, BODY, SMALL = 10.5, 8.5, 7.5
 DPI = 220
 # Texts come from people and models: a dollar sign in them is a dollar sign.
-RC = {"text.parse_math": False, "font.family": FAMILY, "font.size": BODY, "svg.fonttype": "none", "hatch.linewidth": 0.8, "axes.unicode_minus": False}
+RC = {"text.parse_math": False, "font.family": FAMILY, "font.size": BODY, "svg.fonttype": "none", "text.hinting": "none", "hatch.linewidth": 0.8, "axes.unicode_minus": False}
 
 
 class Sheet:
@@ -45,10 +47,12 @@ class Sheet:
         """One line of text; `top` is its upper edge unless `va` says otherwise."""
         self.figure.text(left / WIDTH, 1 - top / self.height, drawable(text), fontsize=size, color=colour, **{"va": "top", **how})
 
+    def bar(self, left: float, top: float, width: float, height: float, colour: str) -> None:
+        """A filled rectangle."""
+        self.figure.add_artist(Rectangle((left / WIDTH, 1 - (top + height) / self.height), width / WIDTH, height / self.height, color=colour, linewidth=0))
+
     def line(self, left: float, top: float, right: float, colour: str = GRID, width: float = 0.6) -> None:
         """A horizontal line."""
-        from matplotlib.lines import Line2D
-
         y = 1 - top / self.height
         self.figure.add_artist(Line2D([left / WIDTH, right / WIDTH], [y, y], color=colour, linewidth=width, solid_capstyle="butt"))
 

@@ -23,7 +23,7 @@ DEFINITIONS = {
     **{n: {k: m[k] for k in ("definition", "unit", "better", "title")} for n, m in METRICS.items()},
     **{n: dict(zip(("definition", "unit", "better", "title"), v, strict=True)) for n, v in EXTRA.items()},
 }
-WORDS = "a model learns from many examples and finds patterns in data so that it can answer questions about new text with care".split()
+WORDS = ["a", "model", "learns", "from", "many", "examples", "and", "finds", "patterns", "in", "data", "so", "that", "it", "can", "answer", "questions", "about", "new", "text", "with", "care"]
 MIB = 2**20
 
 
