@@ -10,12 +10,12 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from engines.compare_figures.page_pareto import pareto
 from engines.compare_figures.scale import Scale, axis_limit, scale_of, short_title, unit_line
 from engines.compare_view import ModelView, Record, Spread, definition, model_view, number
-from engines.figure_style.page import GRID, axis_look, plain_layout
+from engines.figure_style.page import axis_look, plain_layout
 from engines.figure_style.palette import NEUTRAL, MethodStyle, method_styles
 from engines.methods import BASELINE
-from engines.pareto import Point, front, points
 
 BAR_FIGURES: dict[str, tuple[str, tuple[tuple[str, ...], ...], str]] = {  # title, panels row by row, what methods are sorted by
     "speed": ("Speed", (("decode_tok_s", "prefill_tok_s"),), "decode_tok_s"),
@@ -24,7 +24,7 @@ BAR_FIGURES: dict[str, tuple[str, tuple[tuple[str, ...], ...], str]] = {  # titl
     "quality": ("Quality", (("baseline_answer_bits_per_byte", "agreement_share"), ("keyword_recall", "rouge_l")), "baseline_answer_bits_per_byte"),
 }
 PAGE_FIGURES = (*BAR_FIGURES, "output_lengths", "pareto")
-_ROW, _HEAD, _LONGEST_NAME = 26, 76, 22
+_ROW, _HEAD, _LONGEST_NAME, _FULL = 26, 76, 22, 1.65
 _ABSENT = {"measured": "not measured", "failed": "failed", "waiting": "waiting"}
 
 
@@ -66,7 +66,9 @@ def _bar_figure(view: ModelView, title: str, panels: tuple[tuple[str, ...], ...]
         for c, metric in enumerate(row, 1):
             _draw_bars(figure, view, metric, methods, names, styles, r, c)
     _look(figure, title, methods, names, _height(methods, len(panels)))
-    figure.update_annotations(selector={"yanchor": "bottom"}, font={"size": 12}, align="left")
+    figure.update_annotations(selector={"yanchor": "bottom"}, font={"size": 11}, align="left", xanchor="left")
+    for place, head in enumerate(a for a in figure.layout.annotations if a.yanchor == "bottom"):
+        head.x = figure.layout["xaxis" + ("" if place == 0 else str(place + 1))].domain[0]
     return figure
 
 
@@ -86,32 +88,32 @@ def _scale(view: ModelView, metric: str) -> Scale:
 def _draw_bars(figure: go.Figure, view: ModelView, metric: str, methods: Sequence[str], names: dict[str, str], styles: dict[str, MethodStyle], r: int, c: int) -> None:
     scale = _scale(view, metric)
     shown = [(m, s) for m in methods if (s := view.spread(m, metric)) is not None]
+    limit = axis_limit([s for _, s in shown]) / scale.divisor
     figure.add_bar(
         x=[s.median / scale.divisor for _, s in shown], y=[names[m] for m, _ in shown], orientation="h", showlegend=False, width=0.62,
         marker={
             "color": [styles[m].colour for m, _ in shown],
             "pattern": {"shape": [styles[m].pattern for m, _ in shown], "fgcolor": "rgba(255,255,255,0.85)", "size": 6, "solidity": 0.3},
         },
-        error_x=_error_bars([s for _, s in shown], scale), customdata=[[escape(m), _hover(s, scale)] for m, s in shown],
+        error_x=_error_bars([s for _, s in shown], scale, limit), customdata=[[escape(m), _hover(s, scale)] for m, s in shown],
         hovertemplate="<b>%{customdata[0]}</b><br>%{customdata[1]}<extra></extra>", row=r, col=c,
     )
     base = view.spread(BASELINE, metric)
     if base is not None:
         figure.add_vline(x=base.median / scale.divisor, line={"color": NEUTRAL, "width": 1.2, "dash": "dash"}, row=r, col=c)
-    limit = axis_limit([s for _, s in shown]) / scale.divisor
     ticks = [t for t in _round_values(limit) if t <= limit]
-    figure.update_xaxes(range=[0, 1.4 * limit], showticklabels=bool(shown), tickvals=ticks, row=r, col=c)
+    figure.update_xaxes(range=[0, _FULL * limit], showticklabels=bool(shown), tickvals=ticks, tickangle=0, tickformat=",~g", row=r, col=c)
     figure.add_scatter(  # numbers in a column at the right edge, clear of the error bars
-        x=[1.4 * limit] * len(shown), y=[names[m] for m, _ in shown], mode="text", text=[scale.text(s.median) for _, s in shown], textposition="middle left",
+        x=[_FULL * limit] * len(shown), y=[names[m] for m, _ in shown], mode="text", text=[scale.text(s.median) for _, s in shown], textposition="middle left",
         textfont={"size": 11, "color": NEUTRAL}, hoverinfo="skip", showlegend=False, row=r, col=c,
     )
     _draw_absent(figure, view, [m for m in methods if m not in dict(shown)], names, r, c)
 
 
 def _round_values(limit: float) -> list[float]:
-    """Zero, and one to four round numbers up to `limit`."""
+    """Zero and the one or two round numbers up to `limit` that a narrow panel has room for."""
     power = 10.0 ** math.floor(math.log10(limit))
-    step = next(s * power for s in (0.2, 0.25, 0.5, 1.0, 2.0, 2.5, 5.0) if limit / (s * power) < 4)
+    step = next(s * power for s in (0.5, 1.0, 2.0, 5.0) if limit / (s * power) < 3)
     return [n * step for n in range(5)]
 
 
@@ -121,9 +123,9 @@ def _hover(spread: Spread, scale: Scale) -> str:
     return f"{scale.text(spread.median)} {scale.unit}{width}{count}"
 
 
-def _error_bars(spreads: Sequence[Spread], scale: Scale) -> dict[str, Any]:
+def _error_bars(spreads: Sequence[Spread], scale: Scale, limit: float) -> dict[str, Any]:
     known = [s for s in spreads if s.p10 is not None and s.p90 is not None and s.count != 1]
-    up = [max(0.0, (s.p90 if s in known and s.p90 is not None else s.median) - s.median) / scale.divisor for s in spreads]
+    up = [max(0.0, min(limit, (s.p90 if s in known and s.p90 is not None else s.median) / scale.divisor) - s.median / scale.divisor) for s in spreads]
     down = [max(0.0, s.median - (s.p10 if s in known and s.p10 is not None else s.median)) / scale.divisor for s in spreads]
     return {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "color": "#5b6573", "thickness": 1.4, "width": 0, "visible": bool(known)}
 
@@ -140,9 +142,9 @@ def _draw_absent(figure: go.Figure, view: ModelView, methods: Sequence[str], nam
 
 def _look(figure: go.Figure, title: str, methods: Sequence[str], names: dict[str, str], height: int) -> None:
     plain_layout(figure, title, "", "")
-    figure.update_layout(height=height, hovermode="closest", showlegend=False, margin={"l": 8, "r": 20, "t": 82, "b": 36}, bargap=0.3, dragmode=False)
+    figure.update_layout(height=height, hovermode="closest", showlegend=False, margin={"l": 8, "r": 20, "t": 82, "b": 36}, bargap=0.3, dragmode=False, title={"xref": "container", "x": 0.0, "pad": {"l": 8}})
     figure.update_xaxes(**axis_look(), rangemode="tozero", fixedrange=True)
-    figure.update_yaxes(categoryorder="array", categoryarray=[names[m] for m in reversed(methods)], gridcolor="rgba(0,0,0,0)", automargin=True, fixedrange=True, rangemode="normal", range=[-0.6, len(methods) - 0.4])
+    figure.update_yaxes(categoryorder="array", categoryarray=[names[m] for m in reversed(methods)], gridcolor="rgba(0,0,0,0)", automargin=True, fixedrange=True, rangemode="normal", tickfont={"size": 11}, range=[-0.6, len(methods) - 0.4])
 
 
 def output_lengths(view: ModelView) -> go.Figure:
@@ -175,42 +177,3 @@ def _draw_absent_plain(figure: go.Figure, view: ModelView, method: str, names: d
     if not figure.data:  # a category axis needs a trace
         figure.add_scatter(x=[None], y=[names[method]], mode="markers")
     figure.add_annotation(x=0, y=names[method], text=f"<i>{_ABSENT[state]}</i>", showarrow=False, xanchor="left", font={"size": 12, "color": NEUTRAL})
-
-
-def pareto(view: ModelView) -> go.Figure:
-    """Decode speed against memory; size is the quality lost, a ring marks the Pareto front."""
-    found, missing = points(view)
-    best, styles = {p.method for p in front(found)}, method_styles(view.methods)
-    memory = scale_of([p.memory_bytes for p in found], "bytes")
-    figure = go.Figure()
-    for p in sorted(found, key=lambda q: -q.loss_bits_per_byte):
-        _draw_point(figure, p, styles[p.method], memory, p.method in best)
-    plain_layout(figure, "Speed, memory and quality", f"weights + KV cache, {memory.unit}", "decode speed, tok/s")
-    shown = "size: bits per byte lost; ringed: Pareto front" + (f"; not shown: {', '.join(map(escape, missing))}" if missing else "")
-    figure.update_layout(
-        height=460, hovermode="closest", showlegend=True, legend={"orientation": "h", "y": -0.2, "yanchor": "top", "x": 0, "itemsizing": "constant"},
-        margin={"l": 56, "r": 16, "t": 64, "b": 44}, title={"subtitle": {"text": shown, "font": {"size": 12}}},
-    )
-    base = next((p for p in found if p.method == BASELINE), None)
-    if base is not None:
-        line = {"color": NEUTRAL, "width": 1.2, "dash": "dash"}
-        figure.add_hline(y=base.speed_tok_s, line=line)
-        figure.add_vline(x=base.memory_bytes / memory.divisor, line=line)
-    speeds = [p.speed_tok_s for p in found]
-    if speeds and min(speeds) > 0 and max(speeds) > 5 * min(speeds):
-        powers = range(math.floor(math.log10(min(speeds))) - 1, math.ceil(math.log10(max(speeds))) + 1)
-        figure.update_yaxes(type="log", tickvals=[n * 10.0**p for p in powers for n in (1, 2, 5)], tickformat=",~g", gridcolor=GRID)
-    return figure
-
-
-def _draw_point(figure: go.Figure, p: Point, style: MethodStyle, memory: Scale, on_front: bool) -> None:
-    size = 9 + 22 * math.sqrt(min(1.0, max(0.0, p.loss_bits_per_byte) / 0.5))
-    at: dict[str, Any] = {"x": [p.memory_bytes / memory.divisor], "y": [p.speed_tok_s], "mode": "markers"}
-    if on_front:
-        figure.add_scatter(**at, marker={"size": size + 8, "symbol": f"{style.symbol}-open", "color": NEUTRAL, "line": {"width": 2}}, hoverinfo="skip", showlegend=False)
-    agreed = "" if p.agreement is None else f"<br>agreement {p.agreement:.0%}"
-    figure.add_scatter(
-        **at, name=escape(p.method), marker={"size": size, "symbol": style.symbol, "color": style.colour, "opacity": 1.0 if on_front else 0.6, "line": {"width": 0}},
-        customdata=[[f"{p.loss_bits_per_byte:.4f} bits/byte lost{agreed}{'<br>on the Pareto front' if on_front else ''}"]],
-        hovertemplate=f"<b>{escape(p.method)}</b><br>%{{y:.4g}} tok/s, %{{x:.4g}} {memory.unit}<br>%{{customdata[0]}}<extra></extra>",
-    )

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from engines.compare_figures.grid import footing, heading, note_lines, subtitle
+from engines.compare_figures.label_places import place_labels
 from engines.compare_figures.scale import Scale, scale_of
 from engines.compare_view import ModelView, failure_notes
-from engines.figure_style.lettering import drawable, shorten, text_width, wrap_text
+from engines.figure_style.lettering import shorten, text_width, wrap_text
 from engines.figure_style.palette import method_styles
 from engines.figure_style.paper import BODY, GRID, INK, MARGIN, MUTED, PAPER, SMALL, TITLE, WIDTH, Sheet
 from engines.pareto import Point, front, points
@@ -22,7 +23,6 @@ NOTE = (
     "Up and to the left is better. Size: quality lost, in bits per byte of the baseline's answer above the baseline's own. Ringed and bold: on the Pareto "
     "front, no method is at least as good in speed, memory and quality and better in one. Memory: weights in use + committed KV cache."
 )
-Box = tuple[float, float, float, float]
 
 
 def marker_size(loss: float) -> float:
@@ -86,45 +86,27 @@ def _draw(axes: Axes, view: ModelView, found: Sequence[Point], memory: Scale) ->
         if on_front:
             axes.scatter([x], [y], s=(math.sqrt(size) + 5) ** 2, facecolors="none", edgecolors=INK, linewidths=1.2, marker=style.marker, zorder=3)
         axes.scatter([x], [y], s=size, color=style.colour, marker=style.marker, alpha=0.9 if on_front else 0.6, linewidths=0.6, edgecolors=PAPER, zorder=4)
-    for method, (x, y), (dx, dy), text in _labels(axes, found, places, best):
-        far = abs(dy) > 14
+    for method, (dx, dy) in _offsets(axes, found, places, best).items():
         axes.annotate(
-            text, (x, y), (dx, dy), textcoords="offset points", fontsize=SMALL, color=INK if method in best else MUTED, weight="bold" if method in best else "normal",
-            ha="left", va="center_baseline", zorder=5, bbox={"facecolor": PAPER, "edgecolor": "none", "alpha": 0.8, "pad": 0.4}, arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 2} if far else None,
+            _label(method, best), places[method], (dx, dy), textcoords="offset points", fontsize=SMALL, color=INK if method in best else MUTED,
+            weight="bold" if method in best else "normal", ha="left", va="center_baseline", zorder=5, bbox={"facecolor": PAPER, "edgecolor": "none", "alpha": 0.8, "pad": 0.4},
+            arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 2} if abs(dy) > 14 else None,
         )
 
 
-def _labels(axes: Axes, found: Sequence[Point], places: dict[str, tuple[float, float]], best: set[str]) -> Iterator[tuple[str, tuple[float, float], tuple[float, float], str]]:
-    """Where each name goes: the nearest of many places at which it covers neither a marker nor another name. Offsets in points."""
+def _offsets(axes: Axes, found: Sequence[Point], places: Mapping[str, tuple[float, float]], best: set[str]) -> dict[str, tuple[float, float]]:
+    """Where each name goes, in points from its marker; names on the front choose first."""
     scale = 72 / axes.figure.dpi
-    dots = {m: axes.transData.transform(place) * scale for m, place in places.items()}
-    frame = axes.get_window_extent().extents * scale
-    taken: list[Box] = []
-    for p in found:
-        r = math.sqrt(marker_size(p.loss_bits_per_byte)) / 2 + (3.5 if p.method in best else 1)
-        x, y = dots[p.method]
-        taken.append((x - r, y - r, x + r, y + r))
-    for p in sorted(found, key=lambda q: (q.method not in best, -q.speed_tok_s)):
-        text, bold = shorten(p.method, _LABEL, SMALL, p.method in best), p.method in best
-        wide, x, y = text_width(text, SMALL, bold) + 2, *dots[p.method]
-        dx, dy = min(_offsets(wide, marker_size(p.loss_bits_per_byte)), key=lambda o: _cost((x + o[0], y + o[1] - 5, x + o[0] + wide, y + o[1] + 5), taken, frame, o))
-        taken.append((x + dx, y + dy - 5, x + dx + wide, y + dy + 5))
-        yield p.method, places[p.method], (float(dx), float(dy)), drawable(text)
+    ranked = sorted(found, key=lambda q: (q.method not in best, -q.speed_tok_s))
+    at = {p.method: tuple(float(v) for v in axes.transData.transform(places[p.method]) * scale) for p in ranked}
+    radii = {p.method: math.sqrt(marker_size(p.loss_bits_per_byte)) / 2 + (3.5 if p.method in best else 1) for p in ranked}
+    widths = {p.method: text_width(_label(p.method, best), SMALL, p.method in best) + 2 for p in ranked}
+    left, bottom, right, top = (float(v) for v in axes.get_window_extent().extents * scale)
+    return place_labels({m: (x, y) for m, (x, y) in at.items()}, radii, widths, (left, bottom, right, top))
 
 
-def _offsets(wide: float, size: float) -> list[tuple[float, float]]:
-    near = math.sqrt(size) / 2 + 5
-    rings = [(side, level * 5.5) for level in range(-18, 19) for side in (near, -near - wide, -wide / 2)]
-    return [(dx, dy) for dx, dy in rings if dx != -wide / 2 or abs(dy) >= near + 3]
-
-
-def _cost(box: Box, taken: Sequence[Box], frame: Sequence[float], offset: tuple[float, float]) -> float:
-    """Overlap and leaving the axes cost most, then distance."""
-    x0, y0, x1, y1 = box
-    overlap = sum(max(0.0, min(x1, b[2]) - max(x0, b[0])) * max(0.0, min(y1, b[3]) - max(y0, b[1])) for b in taken)
-    outside = max(0.0, frame[0] - x0) + max(0.0, x1 - frame[2]) + max(0.0, frame[1] - y0) + max(0.0, y1 - frame[3])
-    reach = abs(offset[1]) + (0.0 if offset[0] > 0 else 4.0)
-    return 50 * overlap + 200 * outside + reach
+def _label(method: str, best: set[str]) -> str:
+    return shorten(method, _LABEL, SMALL, method in best)
 
 
 def _draw_key(sheet: Sheet, top: float) -> None:

@@ -48,10 +48,11 @@ def _header(record: Record, views: list[ModelView], anchors: list[str]) -> str:
     links = [*((a, v.model_id) for a, v in zip(anchors, views, strict=True)), ("labels", "Labels"), ("settings", "Settings and provenance")]
     if len(views) > 1:
         links.insert(0, ("across", "Across models"))
+    menu = "".join(f'<a href="#{anchor}">{text(title)}</a>' for anchor, title in links)
     unfinished = "" if record.get("complete", True) else '<p class="warn">This comparison is not finished: waiting cells are marked.</p>'
     return (
         f"<header><h1>Comparison of methods</h1><p>{text(', '.join(counts))} · {text(record.get('date') or 'no date')}</p>{unfinished}"
-        f"<nav>{''.join(f'<a href="#{a}">{text(title)}</a>' for a, title in links)}</nav></header>"
+        f"<nav>{menu}</nav></header>"
     )
 
 

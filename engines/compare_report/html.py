@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
@@ -35,7 +36,12 @@ def facts(values: Iterable[tuple[str, Any]]) -> str:
 
 def method_name(method: str, style: MethodStyle) -> str:
     """A method's name with the marker it has in every figure."""
-    return f'<span class="method"><span class="mark" style="color:{style.colour}" aria-hidden="true">{style.glyph}</span>{text(method)}</span>'
+    return f'<span class="method"><span class="mark" style="color:{style.colour}" aria-hidden="true">{style.glyph}</span>{breakable(method)}</span>'
+
+
+def breakable(name: str) -> str:
+    """A name that may be broken after a plus, colon, comma or underscore."""
+    return re.sub(r"(?<=[+:,_])", "<wbr>", text(name))
 
 
 def chip(label: str | None) -> str:

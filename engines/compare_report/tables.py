@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from engines.compare_figures.scale import short_title
+from engines.compare_figures.scale import Scale, scale_of, short_title
 from engines.compare_report.html import chip, defined, method_name, text
 from engines.compare_view import MethodRow, ModelView, Spread, definition, failure_notes
 from engines.figure_style.palette import MethodStyle, method_styles
 from engines.metric_groups import GROUPS
-from engines.metric_text import format_value
 
 ABSENT = {"measured": "not measured", "failed": "failed", "waiting": "waiting"}
 CROSS_METRICS = ("decode_tok_s", "ttft_s", "weights_in_use_bytes", "kv_committed_bytes", "baseline_answer_bits_per_byte", "agreement_share")
@@ -23,15 +22,21 @@ def metric_groups(view: ModelView) -> dict[str, list[str]]:
     return {name: metrics for name, metrics in grouped.items() if metrics}
 
 
-def spread_cell(spread: Spread | None, unit: str, absent: str) -> str:
+def spread_cell(spread: Spread | None, scale: Scale, absent: str) -> str:
     """A median with its 10th to 90th percentile and count; words where there is none."""
     if spread is None:
         return f'<td class="absent">{absent}</td>'
     width = ""
-    if spread.p10 is not None and spread.p90 is not None and spread.count != 1:
-        width = f"<small>{text(format_value(spread.p10, unit))} to {text(format_value(spread.p90, unit))}</small>"
+    if spread.p10 is not None and spread.p90 is not None and spread.p10 != spread.p90:
+        width = f"<small>{text(scale.text(spread.p10))} to {text(scale.text(spread.p90))}</small>"
     count = "" if spread.count is None else f' title="median of {spread.count} {"answer" if spread.count == 1 else "answers"}"'
-    return f"<td{count}>{text(format_value(spread.median, unit))}{width}</td>"
+    return f"<td{count}>{text(scale.text(spread.median))}{width}</td>"
+
+
+def column_scale(views: Sequence[ModelView], metric: str) -> Scale:
+    """One unit for a column, or for all of a table over models."""
+    found = [r.metrics[metric].median for v in views for r in v.rows if metric in r.metrics]
+    return scale_of(found, definition(views[0].record, metric)["unit"])
 
 
 def method_tables(view: ModelView) -> str:
@@ -44,23 +49,24 @@ def method_tables(view: ModelView) -> str:
 
 
 def _table(view: ModelView, name: str, metrics: Sequence[str], styles: Mapping[str, MethodStyle]) -> str:
-    metas = {m: definition(view.record, m) for m in metrics}
+    metas, scales = {m: definition(view.record, m) for m in metrics}, {m: column_scale([view], m) for m in metrics}
     arrow = {"low": ' <span class="better" title="less is better">↓</span>', "high": ' <span class="better" title="more is better">↑</span>'}
     heads = "".join(
-        f'<th scope="col">{defined(short_title(m, d["title"]), d["title"] + ": " + d["definition"])}{arrow.get(d["better"] or "", "")}</th>' for m, d in metas.items()
+        f'<th scope="col">{defined(short_title(m, d["title"]), d["title"] + ": " + d["definition"])}{arrow.get(d["better"] or "", "")}'
+        f"<small>{text(scales[m].unit)}</small></th>" for m, d in metas.items()
     )
-    rows = "".join(_row(row, metrics, metas, styles) for row in view.rows)
+    rows = "".join(_row(row, scales, styles) for row in view.rows)
     return (
         f'<h4>{text(name)}</h4><div class="scroll" tabindex="0" role="region" aria-label="{text(name)}"><table><thead><tr><th scope="col">Method</th>{heads}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
     )
 
 
-def _row(row: MethodRow, metrics: Sequence[str], metas: Mapping[str, Mapping[str, str]], styles: Mapping[str, MethodStyle]) -> str:
+def _row(row: MethodRow, scales: Mapping[str, Scale], styles: Mapping[str, MethodStyle]) -> str:
     head = f'<th scope="row">{method_name(row.method, styles[row.method])} {chip(row.label)}</th>'
     if row.state != "measured":
-        return f'<tr>{head}<td class="absent" colspan="{len(metrics)}">{ABSENT[row.state]}</td></tr>'
-    return f"<tr>{head}{''.join(spread_cell(row.metrics.get(m), metas[m]['unit'], 'not measured') for m in metrics)}</tr>"
+        return f'<tr>{head}<td class="absent" colspan="{len(scales)}">{ABSENT[row.state]}</td></tr>'
+    return f"<tr>{head}{''.join(spread_cell(row.metrics.get(m), scale, 'not measured') for m, scale in scales.items())}</tr>"
 
 
 def definitions_list(view: ModelView) -> str:
@@ -88,15 +94,15 @@ def cross_table(views: Sequence[ModelView]) -> str:
     for metric in CROSS_METRICS:
         if not any(v.measured(metric) for v in views):
             continue
-        meta = definition(views[0].record, metric)
-        rows = "".join(f'<tr><th scope="row">{method_name(m, styles[m])}</th>{"".join(_cross_cell(v, m, metric, meta["unit"]) for v in views)}</tr>' for m in methods)
+        meta, scale = definition(views[0].record, metric), column_scale(views, metric)
+        rows = "".join(f'<tr><th scope="row">{method_name(m, styles[m])}</th>{"".join(_cross_cell(v, m, metric, scale) for v in views)}</tr>' for m in methods)
         out.append(
-            f'<h4>{defined(meta["title"], meta["definition"])}</h4><div class="scroll" tabindex="0" role="region" aria-label="{text(meta["title"])}"><table><thead><tr>'
+            f'<h4>{defined(meta["title"], meta["definition"])}, {text(scale.unit)}</h4><div class="scroll" tabindex="0" role="region" aria-label="{text(meta["title"])}"><table><thead><tr>'
             f'<th scope="col">Method</th>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
         )
     return "".join(out)
 
 
-def _cross_cell(view: ModelView, method: str, metric: str, unit: str) -> str:
+def _cross_cell(view: ModelView, method: str, metric: str, scale: Scale) -> str:
     state = next((r.state for r in view.rows if r.method == method), "waiting")
-    return spread_cell(view.spread(method, metric), unit, ABSENT[state])
+    return spread_cell(view.spread(method, metric), scale, ABSENT[state])
