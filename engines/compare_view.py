@@ -11,6 +11,8 @@ from engines.methods import BASELINE
 from engines.metrics import METRICS
 
 Record = Mapping[str, Any]
+ABSENT = {"measured": "not measured", "failed": "failed", "cancelled": "cancelled", "waiting": "waiting"}
+"""What stands where a method's figure would be, by the method's state."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class MethodRow:
-    """One method on one model. `planned` counts its cells, done or not."""
+    """One method on one model. `planned` counts its cells, done or not; `cancelled` those that will not run."""
 
     method: str
     label: str | None
@@ -38,14 +40,17 @@ class MethodRow:
     done: int
     failed: int
     planned: int
+    cancelled: int
     metrics: Mapping[str, Spread]
 
     @property
     def state(self) -> str:
-        """failed: every answer failed. waiting: there is none yet. measured: there is at least one."""
+        """measured: there is at least one answer. failed, cancelled: there will be none. waiting: there is none yet."""
         if self.done or self.metrics:
             return "measured"
-        return "failed" if self.error or self.failed else "waiting"
+        if self.error or self.failed:
+            return "failed"
+        return "cancelled" if self.planned and self.cancelled == self.planned else "waiting"
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,7 @@ def spread_of(value: Any) -> Spread | None:
 
 def definition(record: Record, metric: str) -> dict[str, Any]:
     """Definition, unit, title and better direction of a metric: the record's own, else this version's."""
-    found = (record.get("definitions") or {}).get(metric) or METRICS.get(metric) or {}
+    found: Mapping[str, Any] = (record.get("definitions") or {}).get(metric) or METRICS.get(metric) or {}
     return {"definition": found.get("definition") or "", "unit": found.get("unit") or "", "better": found.get("better"), "title": found.get("title") or metric}
 
 
@@ -153,9 +158,10 @@ def _method_names(methods: Iterable[Mapping[str, Any]], rows: Mapping[Any, Any],
 
 
 def _row(method: str, row: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> MethodRow:
-    counts = {s: sum(c.get("status") == s for c in cells) for s in ("done", "failed")}
+    counts = {s: sum(c.get("status") == s for c in cells) for s in ("done", "failed", "cancelled")}
     spreads = {name: found for name, value in (row.get("metrics") or {}).items() if (found := spread_of(value))}
-    return MethodRow(method, row.get("label"), row.get("error"), counts["done"] or int(row.get("done") or 0), counts["failed"] or int(row.get("failed") or 0), len(cells), spreads)
+    done, failed = (counts[s] or int(row.get(s) or 0) for s in ("done", "failed"))
+    return MethodRow(method, row.get("label"), row.get("error"), done, failed, len(cells), counts["cancelled"], spreads)
 
 
 def failure_notes(view: ModelView) -> list[str]:

@@ -99,8 +99,8 @@ def points(view: ModelView) -> tuple[list[Point], dict[str, str]]:
             found.append(Point(row.method, speed.median, memory, loss, agreed.median if agreed else None))
         elif row.state == "failed":
             missing[row.method] = f"failed: {row.error or 'no reason recorded'}"
-        elif row.state == "waiting":
-            missing[row.method] = "no answer yet"
+        elif row.state in ("waiting", "cancelled"):
+            missing[row.method] = "no answer yet" if row.state == "waiting" else "cancelled"
         else:
             absent = [name for name, value in (("speed", speed), ("memory", memory), ("quality loss", loss)) if value is None]
             missing[row.method] = f"{' and '.join(absent)} not measured"
@@ -144,7 +144,7 @@ def _recommend(view: ModelView, limits: Limits) -> Recommendation:
     tied = [p for p in best_ones if p.speed_tok_s >= fastest.speed_tok_s * (1 - SAME_SPEED)]
     chosen = min(tied, key=lambda p: (p.loss_bits_per_byte, p.memory_bytes))
     others = {p.method: _trade(p, chosen) for p in best_ones if p is not chosen}
-    return Recommendation(chosen.method, tuple(_reasons(view, chosen, tied, len(admitted), len(found))), excluded, others)
+    return Recommendation(chosen.method, tuple(_reasons(view, chosen, tied, f"{len(admitted)} within your limits, of {len(found)} compared" if limits != Limits() else f"{len(found)} compared")), excluded, others)
 
 
 def _why_nothing(view: ModelView) -> str:
@@ -198,13 +198,13 @@ def _nearest(broken: Mapping[str, Sequence[Breach]]) -> list[str]:
     return out
 
 
-def _reasons(view: ModelView, chosen: Point, tied: Sequence[Point], admitted: int, compared: int) -> list[str]:
+def _reasons(view: ModelView, chosen: Point, tied: Sequence[Point], among: str) -> list[str]:
     row = next(r for r in view.rows if r.method == chosen.method)
     spread = row.metrics["decode_tok_s"]
     width = f" ({format_number(spread.p10)} to {format_number(spread.p90)})" if spread.p10 is not None and spread.p90 is not None else ""
     base = view.baseline.metrics.get("decode_tok_s") if view.baseline and chosen.method != BASELINE else None
     beside = f", {spread.median / base.median:.2f} times the baseline's" if base and base.median else ""
-    out = [f"Fastest of the {admitted} within your limits, of {compared} compared: {speed(spread.median)}{width}{beside}."]
+    out = [f"Fastest of the {among}: {speed(spread.median)}{width}{beside}."]
     out.append(f"It takes {format_bytes(chosen.memory_bytes)} of weights and KV cache.")
     agreed = "" if chosen.agreement is None else f"; {format_percent(chosen.agreement)} of its tokens agree before the answers part"
     out.append("It is the baseline, so nothing is lost." if chosen.method == BASELINE else f"It loses {bits(chosen.loss_bits_per_byte)} against the baseline{agreed}.")

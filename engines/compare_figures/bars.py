@@ -9,13 +9,12 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from engines.compare_figures.grid import Rows
 from engines.compare_figures.scale import Scale, axis_limit, scale_of, short_title, unit_line
-from engines.compare_view import ModelView, Spread, definition
+from engines.compare_view import ABSENT, ModelView, Spread, definition
 from engines.figure_style.lettering import text_width
 from engines.figure_style.palette import MethodStyle
 from engines.figure_style.paper import INK, MUTED, PAPER, SMALL
 
 NOTE = "Bar: median over answers. Thin line: 10th to 90th percentile (▸: it goes on). Dashed: the baseline, which is first; then the best."
-ABSENT = {"measured": "not measured", "failed": "failed", "waiting": "waiting"}
 _NUMBERS = 34.0  # points kept for the numbers at the right edge
 
 

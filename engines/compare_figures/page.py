@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 
 from engines.compare_figures.page_pareto import pareto
 from engines.compare_figures.scale import Scale, axis_limit, scale_of, short_title, unit_line
-from engines.compare_view import ModelView, Record, Spread, definition, model_view, number
+from engines.compare_view import ABSENT, ModelView, Record, Spread, definition, model_view, number
 from engines.figure_style.page import axis_look, plain_layout
 from engines.figure_style.palette import NEUTRAL, MethodStyle, method_styles
 from engines.methods import BASELINE
@@ -25,7 +25,6 @@ BAR_FIGURES: dict[str, tuple[str, tuple[tuple[str, ...], ...], str]] = {  # titl
 }
 PAGE_FIGURES = (*BAR_FIGURES, "output_lengths", "pareto")
 _ROW, _HEAD, _LONGEST_NAME, _FULL = 26, 76, 22, 1.65
-_ABSENT = {"measured": "not measured", "failed": "failed", "waiting": "waiting"}
 
 
 def page_figures(record: Record, model_id: str | None = None) -> dict[str, go.Figure]:
@@ -46,7 +45,8 @@ def axis_names(methods: Sequence[str]) -> dict[str, str]:
 
 
 def _broken(name: str, place: int) -> str:
-    lines, rest = [], name
+    lines: list[str] = []
+    rest = name
     while len(rest) > _LONGEST_NAME and len(lines) < 2:
         cut = max((n + 1 for n, c in enumerate(rest[:_LONGEST_NAME]) if c in "+:,"), default=_LONGEST_NAME)
         lines.append(rest[:cut])
@@ -102,7 +102,7 @@ def _draw_bars(figure: go.Figure, view: ModelView, metric: str, methods: Sequenc
     if base is not None:
         figure.add_vline(x=base.median / scale.divisor, line={"color": NEUTRAL, "width": 1.2, "dash": "dash"}, row=r, col=c)
     ticks = [t for t in _round_values(limit) if t <= limit]
-    figure.update_xaxes(range=[0, _FULL * limit], showticklabels=bool(shown), tickvals=ticks, tickangle=0, tickformat=",~g", row=r, col=c)
+    figure.update_xaxes(range=[0, _FULL * limit], showticklabels=bool(shown), tickvals=ticks, tickangle=0, tickformat=".2~s" if limit >= 1000 else ",~g", row=r, col=c)
     figure.add_scatter(  # numbers in a column at the right edge, clear of the error bars
         x=[_FULL * limit] * len(shown), y=[names[m] for m, _ in shown], mode="text", text=[scale.text(s.median) for _, s in shown], textposition="middle left",
         textfont={"size": 11, "color": NEUTRAL}, hoverinfo="skip", showlegend=False, row=r, col=c,
@@ -136,14 +136,14 @@ def _draw_absent(figure: go.Figure, view: ModelView, methods: Sequence[str], nam
         row = rows[method]
         reason = escape(row.error) if row.state == "failed" and row.error else None
         figure.add_annotation(
-            x=0, y=names[method], text=f"<i>{_ABSENT[row.state]}</i>", hovertext=reason, showarrow=False, xanchor="left", yanchor="middle", font={"size": 12, "color": NEUTRAL}, row=r, col=c,
+            x=0, y=names[method], text=f"<i>{ABSENT[row.state]}</i>", hovertext=reason, showarrow=False, xanchor="left", yanchor="middle", font={"size": 12, "color": NEUTRAL}, row=r, col=c,
         )
 
 
 def _look(figure: go.Figure, title: str, methods: Sequence[str], names: dict[str, str], height: int) -> None:
     plain_layout(figure, title, "", "")
     figure.update_layout(height=height, hovermode="closest", showlegend=False, margin={"l": 8, "r": 20, "t": 82, "b": 36}, bargap=0.3, dragmode=False, title={"xref": "container", "x": 0.0, "pad": {"l": 8}})
-    figure.update_xaxes(**axis_look(), rangemode="tozero", fixedrange=True)
+    figure.update_xaxes(**axis_look(), rangemode="tozero", fixedrange=True, tickfont={"size": 11})
     figure.update_yaxes(categoryorder="array", categoryarray=[names[m] for m in reversed(methods)], gridcolor="rgba(0,0,0,0)", automargin=True, fixedrange=True, rangemode="normal", tickfont={"size": 11}, range=[-0.6, len(methods) - 0.4])
 
 
@@ -162,7 +162,7 @@ def output_lengths(view: ModelView) -> go.Figure:
             )
     _look(figure, "Length of the answers", methods, names, _HEAD + 50 + _ROW * max(3, len(methods)))
     figure.update_layout(margin={"l": 8, "r": 20, "t": 48, "b": 48})
-    figure.update_xaxes(title="tokens of the answer")
+    figure.update_xaxes(title={"text": "tokens of the answer", "font": {"size": 12}})
     limit = number((view.record.get("settings") or {}).get("max_new_tokens"))
     if limit is not None:
         figure.add_vline(x=limit, line={"color": NEUTRAL, "width": 1.2, "dash": "dot"}, annotation={"text": f"most allowed: {limit:g}", "font": {"size": 11}, "xanchor": "right", "yanchor": "bottom", "yref": "paper", "y": 1})
@@ -176,4 +176,4 @@ def _draw_absent_plain(figure: go.Figure, view: ModelView, method: str, names: d
     state = next(r.state for r in view.rows if r.method == method)
     if not figure.data:  # a category axis needs a trace
         figure.add_scatter(x=[None], y=[names[method]], mode="markers")
-    figure.add_annotation(x=0, y=names[method], text=f"<i>{_ABSENT[state]}</i>", showarrow=False, xanchor="left", font={"size": 12, "color": NEUTRAL})
+    figure.add_annotation(x=0, y=names[method], text=f"<i>{ABSENT[state]}</i>", showarrow=False, xanchor="left", font={"size": 12, "color": NEUTRAL})

@@ -62,8 +62,8 @@ def _look(figure: go.Figure, memory: Scale, missing: dict[str, str]) -> None:
         height=470 + 15 * len(lines), hovermode="closest", showlegend=False, margin={"l": 56, "r": 16, "t": 56 + 15 * len(lines), "b": 48}, dragmode=False,
         title={"xref": "container", "x": 0.0, "pad": {"l": 8}, "yref": "container", "y": 0.98, "subtitle": {"text": "<br>".join(lines), "font": {"size": 11}}},
     )
-    figure.update_xaxes(fixedrange=True)
-    figure.update_yaxes(fixedrange=True)
+    figure.update_xaxes(fixedrange=True, tickfont={"size": 11}, title={"font": {"size": 12}})
+    figure.update_yaxes(fixedrange=True, tickfont={"size": 11}, title={"font": {"size": 12}})
 
 
 def _set_ranges(figure: go.Figure, found: Sequence[Point], memory: Scale) -> bool:

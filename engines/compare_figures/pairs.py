@@ -96,11 +96,14 @@ def _head(cell: Mapping[str, Any]) -> str:
 
 def _answers(view: ModelView, query: str) -> list[Answer]:
     """The answers to a query, the baseline's first; methods that answered alike share one."""
-    groups: dict[tuple[str, str, str], list[str]] = {}
+    groups: dict[tuple[str, str], list[str]] = {}
+    heads: dict[tuple[str, str], str] = {}
     for method in sorted(view.methods, key=lambda m: m != BASELINE):
-        groups.setdefault(_given(view, method, query), []).append(method)
+        text, reason, head = _given(view, method, query)
+        groups.setdefault((text, reason), []).append(method)
+        heads.setdefault((text, reason), head)
     reference = next((str(c.get("text") or "") for c in view.cells_of(BASELINE, query)), None)
-    return [_lay_out(tuple(methods), *given, None if BASELINE in methods else reference) for given, methods in groups.items()]
+    return [_lay_out(tuple(methods), *given, heads[given], None if BASELINE in methods else reference) for given, methods in groups.items()]
 
 
 def _lay_out(methods: tuple[str, ...], text: str, reason: str, head: str, reference: str | None) -> Answer:

@@ -98,11 +98,11 @@ def _offsets(axes: Axes, found: Sequence[Point], places: Mapping[str, tuple[floa
     """Where each name goes, in points from its marker; names on the front choose first."""
     scale = 72 / axes.figure.dpi
     ranked = sorted(found, key=lambda q: (q.method not in best, -q.speed_tok_s))
-    at = {p.method: tuple(float(v) for v in axes.transData.transform(places[p.method]) * scale) for p in ranked}
+    at = {p.method: (float(x) * scale, float(y) * scale) for p in ranked for x, y in [axes.transData.transform(places[p.method])]}
     radii = {p.method: math.sqrt(marker_size(p.loss_bits_per_byte)) / 2 + (3.5 if p.method in best else 1) for p in ranked}
     widths = {p.method: text_width(_label(p.method, best), SMALL, p.method in best) + 2 for p in ranked}
-    left, bottom, right, top = (float(v) for v in axes.get_window_extent().extents * scale)
-    return place_labels({m: (x, y) for m, (x, y) in at.items()}, radii, widths, (left, bottom, right, top))
+    frame = axes.get_window_extent()
+    return place_labels(at, radii, widths, (frame.x0 * scale, frame.y0 * scale, frame.x1 * scale, frame.y1 * scale))
 
 
 def _label(method: str, best: set[str]) -> str:

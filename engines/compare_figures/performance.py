@@ -5,14 +5,14 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 
 from engines.compare_figures.bars import NOTE, Bars
-from engines.compare_figures.grid import panel_grid
+from engines.compare_figures.grid import Panel, panel_grid
 from engines.compare_figures.strips import Gaps, Points
 from engines.compare_view import ModelView, number
 
 
 def performance_dashboard(view: ModelView) -> Figure:
     """Decode speed and first token as bars, all gaps between tokens, decode speed by query."""
-    panels = [[Bars("decode_tok_s"), Bars("ttft_s")], [Gaps()], [Points("decode_tok_s", per_query=True)]]
+    panels: list[list[Panel]] = [[Bars("decode_tok_s"), Bars("ttft_s")], [Gaps()], [Points("decode_tok_s", per_query=True)]]
     return panel_grid(view, "Performance", panels, view.sorted_methods("decode_tok_s"), [NOTE])
 
 

@@ -38,8 +38,8 @@ class Scale:
         shown = value / self.divisor
         if self.unit == "bits/byte":
             return f"{shown:.3f}"
-        if not shown:
-            return "0"
+        if not shown or (self.unit in ("tokens", "characters") and shown == int(shown)):
+            return f"{int(shown):,}"
         return f"{shown:,.{max(0, 2 - math.floor(math.log10(abs(shown) * 1.0005)))}f}"
 
 

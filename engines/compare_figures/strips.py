@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
@@ -63,7 +64,7 @@ class Points:
                 continue
             heights = [y + 0.26 * (2 * (place * 3 % _BANDS) / (_BANDS - 1) - 1) for place in range(len(values))]
             axes.scatter(values, heights, s=13, color=style.colour, marker=style.marker, alpha=0.75, linewidths=0.4, edgecolors=PAPER, zorder=3)
-            middle = percentile(values, 0.5)
+            middle = statistics.median(values)
             axes.plot([middle, middle], [y - 0.36, y + 0.36], color=INK, linewidth=1.4, solid_capstyle="butt", zorder=4)
         value_ticks(axes, highest, any(drawn.values()), rows.width)
 

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from engines.compare_figures.scale import Scale, scale_of, short_title
 from engines.compare_report.html import chip, defined, method_name, text
-from engines.compare_view import MethodRow, ModelView, Spread, definition, failure_notes
+from engines.compare_view import ABSENT, MethodRow, ModelView, Spread, definition, failure_notes
 from engines.figure_style.palette import MethodStyle, method_styles
 from engines.metric_groups import GROUPS
 
-ABSENT = {"measured": "not measured", "failed": "failed", "waiting": "waiting"}
 CROSS_METRICS = ("decode_tok_s", "ttft_s", "weights_in_use_bytes", "kv_committed_bytes", "baseline_answer_bits_per_byte", "agreement_share")
 
 
@@ -26,9 +25,8 @@ def spread_cell(spread: Spread | None, scale: Scale, absent: str) -> str:
     """A median with its 10th to 90th percentile and count; words where there is none."""
     if spread is None:
         return f'<td class="absent">{absent}</td>'
-    width = ""
-    if spread.p10 is not None and spread.p90 is not None and spread.p10 != spread.p90:
-        width = f"<small>{text(scale.text(spread.p10))} to {text(scale.text(spread.p90))}</small>"
+    ends = [] if spread.p10 is None or spread.p90 is None else [scale.text(spread.p10), scale.text(spread.p90)]
+    width = f"<small>{text(' to '.join(ends))}</small>" if len(set(ends)) > 1 else ""
     count = "" if spread.count is None else f' title="median of {spread.count} {"answer" if spread.count == 1 else "answers"}"'
     return f"<td{count}>{text(scale.text(spread.median))}{width}</td>"
 

@@ -22,7 +22,7 @@ INK, MUTED, GRID, PAPER = "#1b2430", "#5b6573", "#d9dee5", "#ffffff"
 TITLE, BODY, SMALL = 10.5, 8.5, 7.5
 DPI = 220
 # Texts come from people and models: a dollar sign in them is a dollar sign.
-RC = {"text.parse_math": False, "font.family": FAMILY, "font.size": BODY, "svg.fonttype": "none", "text.hinting": "none", "hatch.linewidth": 0.8, "axes.unicode_minus": False}
+RC: Any = {"text.parse_math": False, "font.family": FAMILY, "font.size": BODY, "svg.fonttype": "none", "text.hinting": "none", "hatch.linewidth": 0.8, "axes.unicode_minus": False}
 
 
 class Sheet:

@@ -27,6 +27,19 @@ def test_states_of_methods() -> None:
     assert failure_notes(view) == ["int8: 1 of 2 answers failed: Memory ran out while answering.", "chai failed: no."]
 
 
+def test_a_method_whose_cells_were_all_cancelled_does_not_wait() -> None:
+    record = make_record(methods=("baseline", "mpo"), pending=("mpo",))
+    for cell in record["cells"]:
+        cell["status"] = "cancelled" if cell["method"] == "mpo" else cell["status"]
+    view = model_view(record)
+    assert view is not None
+    assert [r.state for r in view.rows] == ["measured", "cancelled"]
+    next(c for c in record["cells"] if c["method"] == "mpo")["status"] = "pending"
+    again = model_view(record)
+    assert again is not None
+    assert again.rows[1].state == "waiting"
+
+
 def test_cells_alone_are_enough_for_names_and_values() -> None:
     record = make_record(methods=("baseline", "int8"))
     view = model_view({"models": record["models"], "cells": record["cells"]})
