@@ -86,10 +86,10 @@ class Table:
 def _draw_head(axes: Axes, x: int, lines: Sequence[str], width: float) -> None:
     """Two lines of title and one of unit over a column, each small enough for it."""
     for place, text in enumerate(lines):
-        size, is_unit = min(_CELL, _CELL * (width - 4) / (text_width(text, _CELL, bold=place < 2) or 1)), place == 2
+        size, is_unit = min(_CELL, _CELL * (width - 2) / (text_width(text, _CELL) or 1)), place == 2
         axes.annotate(
             text, (x + 0.8, 1), (0, 23 - 9 * place), xycoords=("data", "axes fraction"), textcoords="offset points", ha="right", va="baseline", fontsize=size,
-            color=MUTED if is_unit else INK, weight="normal" if is_unit else "bold",
+            color=MUTED if is_unit else INK,
         )
 
 

@@ -65,6 +65,5 @@ def unit_line(unit: str, better: str | None) -> str:
 
 def axis_limit(spreads: Sequence[Spread]) -> float:
     """Where bars end: at the longest line, but not so far beyond the largest median that nothing could be read of the bars."""
-    if not spreads:
-        return 1.0
-    return min(max(s.highest for s in spreads), 4 * max(s.median for s in spreads)) or 1.0
+    longest, largest = max((s.highest for s in spreads), default=0.0), max((s.median for s in spreads), default=0.0)
+    return (min(longest, 4 * largest) if largest > 0 else longest) or 1.0

@@ -139,6 +139,7 @@ def test_efficiency_says_that_bandwidth_was_not_measured_and_shows_it_where_it_w
 def test_an_outlier_does_not_flatten_the_bars() -> None:
     assert axis_limit([Spread(1.0, 0.9, 100.0, 5), Spread(2.0, 1.9, 2.1, 5)]) == 8.0
     assert axis_limit([Spread(1.0, 0.9, 1.2, 5)]) == 1.2
+    assert axis_limit([Spread(0.0, 0.0, 0.1, 5)]) == 0.1
     assert axis_limit([]) == axis_limit([Spread(0.0, 0.0, 0.0, 5)]) == 1.0
 
 
