@@ -14,8 +14,12 @@ def cache_folder() -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` beside `path`, then put it in its place. On an error the old file stays and nothing is left beside it."""
-    data = text.encode("utf-8")
+    """Write `text` as UTF-8, whole or not at all."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` beside `path`, then put it in its place. On an error the old file stays and nothing is left beside it."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

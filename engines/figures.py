@@ -4,26 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
-from typing import Any
 
 import plotly.graph_objects as go
 
-# Okabe-Ito: told apart by people with any colour vision. The baseline is always the first.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_INK = "#808793"
-
-
-def plain_layout(figure: go.Figure, title: str, x_title: str, y_title: str) -> go.Figure:
-    """The look all figures share: transparent, readable on light and dark, no chart junk."""
-    axis: dict[str, Any] = {"gridcolor": "rgba(128,135,147,0.25)", "zeroline": False, "linecolor": "rgba(128,135,147,0.5)", "automargin": True}
-    figure.update_layout(
-        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font={"color": _INK, "size": 13},
-        title={"text": title, "font": {"size": 14}, "x": 0, "xref": "paper", "y": 0.98, "yanchor": "top"},
-        margin={"l": 56, "r": 16, "t": 64, "b": 44}, height=300, hovermode="x unified", showlegend=True,
-        legend={"orientation": "h", "yanchor": "bottom", "y": 1.0, "x": 0},
-        xaxis={**axis, "title": x_title}, yaxis={**axis, "title": y_title, "rangemode": "tozero"},
-    )
-    return figure
+from engines.figure_style.page import plain_layout
+from engines.figure_style.palette import PALETTE
 
 
 def token_latency_figure(gaps_s: Mapping[str, Sequence[float]]) -> go.Figure:

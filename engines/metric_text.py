@@ -11,9 +11,13 @@ from engines.metrics import METRICS, ChatMetrics
 
 def format_metric(name: str, value: Any) -> str:
     """A metric's value as text with its unit."""
+    return format_value(value, METRICS[name]["unit"])
+
+
+def format_value(value: Any, unit: str) -> str:
+    """A value of `unit` as text."""
     if value is None:
         return NOT_MEASURED
-    unit = METRICS[name]["unit"]
     if unit == "bytes":
         return format_bytes(value)
     if unit == "s":

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from engines.figures import PALETTE
+from engines.figure_style.palette import NEUTRAL, PALETTE
+from engines.figure_style.paper import save_figure
 from engines.larosa_sweep import by_variant
+
+__all__ = ["quality_against_bytes", "save_figure"]
 
 _NAMES = {
     "larosa": "LaRoSA (rotation a layer, Top-K)", "larosa_threshold": "LaRoSA's rotation, thresholds", "one_rotation": "one rotation, Top-K",
@@ -33,10 +35,10 @@ def quality_against_bytes(data: dict[str, Any], title: str) -> Figure:
     for place, (variant, rows) in enumerate(by_variant(data["rows"])):
         axes.plot(
             [r["bytes_per_token"] / scale for r in rows], [r["bits_per_byte"] for r in rows], _STYLES[place % len(_STYLES)],
-            color=(*PALETTE, "#000000", "#808793")[place % 8], label=_NAMES.get(variant, variant), markersize=4.5, linewidth=1.5,
+            color=(*PALETTE, "#000000", NEUTRAL)[place % 8], label=_NAMES.get(variant, variant), markersize=4.5, linewidth=1.5,
         )
-    axes.axhline(dense["bits_per_byte"], color="#808793", linewidth=1, zorder=0)
-    axes.axvline(dense["bytes_per_token"] / scale, color="#808793", linewidth=1, zorder=0)
+    axes.axhline(dense["bits_per_byte"], color=NEUTRAL, linewidth=1, zorder=0)
+    axes.axvline(dense["bytes_per_token"] / scale, color=NEUTRAL, linewidth=1, zorder=0)
     seen = [r["bits_per_byte"] for r in data["rows"]]
     best, highest = min(*seen, dense["bits_per_byte"]), min(max(seen), 2.2 * min(seen))  # far beyond, nothing can be read of the rest
     axes.set_ylim(best - 0.06 * (highest - best), highest + 0.06 * (highest - best) + 1e-3)
@@ -47,8 +49,3 @@ def quality_against_bytes(data: dict[str, Any], title: str) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="upper right")
     return figure
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure; the ending of `path` says the format."""
-    figure.savefig(path)

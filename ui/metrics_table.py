@@ -5,22 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from core.units import NOT_MEASURED, format_ratio
+from engines.metric_groups import GROUPS
 from engines.metric_text import format_metric
 from engines.metrics import METRICS, ChatMetrics
 from ui import texts
 from ui.safe_text import show_html
 
-GROUPS: dict[str, tuple[str, ...]] = {
-    "Time": ("ttft_s", "tpot_median_s", "tpot_p90_s", "total_s", "prefill_tok_s", "decode_tok_s", "chars_s"),
-    "Tokens": ("prompt_tokens", "prompt_tokens_unfiltered", "output_tokens", "output_chars", "finish_reason"),
-    "Memory": ("weights_in_use_bytes", "weights_packed_bytes", "weights_kept_for_undo_bytes", "kv_in_use_bytes", "kv_reserved_bytes", "peak_rss_bytes"),
-    "Efficiency": ("chars_s_per_gib",),
-    "Quality": ("baseline_answer_bits_per_byte", "agreement_tokens", "agreement_share"),
-}
 _TIMES = frozenset(GROUPS["Time"] + GROUPS["Efficiency"])
 
 
-_BY_LENGTH = frozenset({"total_s", "kv_in_use_bytes", "kv_reserved_bytes"})
+_BY_LENGTH = frozenset({"total_s", "kv_in_use_bytes", "kv_committed_bytes", "kv_reserved_bytes"})
 
 
 def _ratio_cell(name: str, baseline: Any, fused: Any, comparable: bool, same_length: bool) -> str:

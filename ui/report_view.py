@@ -6,13 +6,8 @@ from collections.abc import Sequence
 
 from core.technique import Report
 from core.units import format_bytes
+from engines.label_text import LABELS
 from ui.safe_text import show_html
-
-LABELS = {
-    "simulated": "Computed as if; nothing is saved yet.",
-    "stored": "Held smaller in memory, unpacked to compute.",
-    "executed": "The machine computes with the smaller form.",
-}
 
 
 def _row(report: Report) -> str:
