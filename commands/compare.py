@@ -62,12 +62,9 @@ def figures(folder: Annotated[Path, typer.Argument(help="A comparison's folder."
 
 def draw(record: Mapping[str, Any], folder: Path, report: bool) -> list[Path]:
     """Write the figures, and the report where it is wanted; returns the files."""
-    try:
-        from engines.compare_figures import write_figures
-        from engines.compare_report import write_report
-    except ModuleNotFoundError as missing:
-        print(f"no figures are drawn: {missing}", file=sys.stderr)
-        return []
+    from engines.compare_figures import write_figures
+    from engines.compare_report import write_report
+
     files: list[Path] = list(write_figures(record, folder))
     if report:
         write_report(record, folder / REPORT_FILE)

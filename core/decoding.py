@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,12 +20,12 @@ PREFILL_CHUNK = 512
 
 def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
     """The cache under the name that the model's forward takes: `cache` from transformers 5.24 on, `past_key_values` before."""
-    return {_cache_name(type(model)): cache}
+    return {_cache_name(type(model).forward): cache}
 
 
 @functools.lru_cache(maxsize=64)
-def _cache_name(kind: type[nn.Module]) -> str:
-    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
+def _cache_name(forward: Callable[..., Any]) -> str:
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 @torch.inference_mode()
