@@ -12,9 +12,10 @@ import torch
 
 from core.units import format_bytes
 from engines.metrics import percentile
-from kernels.kv_memory.cache import ReservationPool, TokenMajorCache, growing_cache
+from kernels.kv_memory.cache import TokenMajorCache, growing_cache
 from kernels.kv_memory.layout import KVLayout
 from kernels.kv_memory.region import PAGE_GROUP, reservations_work
+from kernels.kv_memory.reservation_pool import ReservationPool
 
 
 def resident_bytes() -> int:

@@ -12,9 +12,9 @@ from core.errors import UnsupportedModel
 from core.reversible import Edits
 from core.technique import Effect, Label, Prepared, Report, Stage, Technique, option
 from core.units import format_bytes
-from kernels.kv_memory.cache import ReservationPool
 from kernels.kv_memory.layout import KVLayout
 from kernels.kv_memory.region import PAGE_GROUP, reservations_work
+from kernels.kv_memory.reservation_pool import ReservationPool
 
 
 @dataclass(frozen=True)
