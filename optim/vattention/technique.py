@@ -15,6 +15,7 @@ from core.units import format_bytes
 from kernels.kv_memory.layout import KVLayout
 from kernels.kv_memory.region import PAGE_GROUP, reservations_work
 from kernels.kv_memory.reservation_pool import ReservationPool
+from kernels.kv_memory.shared_prefix import sharing_works
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class VAttention(Technique):
         notes = (
             f"{format_bytes(token * bundle.context_length)} of address space reserved for {bundle.context_length:,} tokens, {format_bytes(token)} committed a token "
             f"in page groups of {format_bytes(PAGE_GROUP)}",
+            "prompts that begin like an earlier one go on from its cache; "
+            + ("whole page groups of what they have in common are in memory once" if sharing_works() else "what two texts have in common is copied: this system has no sealed files in memory"),
         )
         return Report(self.name, Label.EXECUTED, ("cache_factory",), notes=notes), ()
 
