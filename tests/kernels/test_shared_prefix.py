@@ -6,13 +6,13 @@ import errno
 import fcntl
 import gc
 import os
-import re
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from core.memory import proportional_bytes
 from kernels.kv_memory import reservation_pool, shared_prefix
 from kernels.kv_memory.cache import TokenMajorCache, growing_cache
 from kernels.kv_memory.layout import KVLayout
@@ -56,11 +56,6 @@ def same(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
 def file_of(pool: ReservationPool) -> PrefixFile:
     assert pool.file is not None
     return pool.file
-
-
-def pss() -> int:
-    """Proportional resident bytes of this process, program files left out: a page that is mapped twice counts once."""
-    return 1024 * sum(int(size) for size in re.findall(r"^Pss_(?:Anon|Shmem):\s+(\d+) kB", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE))
 
 
 def settle() -> None:
@@ -137,10 +132,10 @@ def test_a_second_text_with_the_same_beginning_is_in_memory_once() -> None:
     cache = pool.cache()
     write(cache, tokens, 0)
     settle()
-    before = pss()
+    before = proportional_bytes()
     forks = [cache.fork() for _ in range(3)]
     settle()
-    grown = pss() - before
+    grown = proportional_bytes() - before
     committed = sum(fork.stats().committed_bytes for fork in forks)
     assert all(fork.stats().shared_bytes == whole == pool.shared_bytes() for fork in forks)
     assert abs(grown - committed) < whole // 8, f"{grown} bytes more for three forks of {whole} bytes, {committed} of them their own"
@@ -149,7 +144,7 @@ def test_a_second_text_with_the_same_beginning_is_in_memory_once() -> None:
         fork.crop(-tokens)
         write(fork, tokens, 1)
     settle()
-    assert pss() - before > 2.5 * whole, "this test would not see copies"
+    assert proportional_bytes() - before > 2.5 * whole, "this test would not see copies"
 
 
 def test_pages_of_the_file_are_freed_with_the_last_user_and_the_slot_is_used_again() -> None:
