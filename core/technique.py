@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from enum import Enum, IntEnum
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from core.architectures import refusal
 from core.bundle import Bundle
 from core.errors import CalibrationError, InvalidRequest, UnsupportedModel
+from core.files import replacing
 from core.progress import Progress, silent
 from core.reversible import Edits
 
@@ -76,9 +76,8 @@ class Prepared:
 
     def save(self, path: Path) -> None:
         """Write as safetensors, `meta` in the header; the old file stays whole until the new one is."""
-        fresh = path.with_name(path.name + ".new")
-        save_file({name: t.contiguous() for name, t in self.tensors.items()}, fresh, metadata={_MARK: "1", **self.meta})
-        os.replace(fresh, path)
+        with replacing(path) as fresh:
+            save_file({name: t.contiguous() for name, t in self.tensors.items()}, fresh, metadata={_MARK: "1", **self.meta})
 
     @classmethod
     def load(cls, path: Path) -> Prepared:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kernels.huge_pages import in_huge_pages
+from kernels.huge_pages import empty_in_huge_pages, in_huge_pages
 from kernels.structures import KIND_NUMBERS, Matrix, address
 
 TILE = 128
@@ -76,15 +76,6 @@ def side_by_side(weights: Sequence[PackedWeight]) -> PackedWeight:
     return PackedWeight(first.kind, sum(-(-w.out_features // TILE) * TILE for w in weights), first.in_features, data, scale, first.group_size, True)
 
 
-def _tiles(weight: Tensor) -> Tensor:
-    """[out, in] -> [tiles, in, TILE], outputs beyond the last one zero."""
-    out, inside = weight.shape
-    tiles = -(-out // TILE)
-    padded = weight.new_zeros(tiles * TILE, inside)
-    padded[:out] = weight
-    return in_huge_pages(padded.reshape(tiles, TILE, inside).transpose(1, 2).contiguous())
-
-
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric int8 per output channel: codes [out, in] int8 and scales [out] float32, weight = code * scale."""
     wide = weight.float()
@@ -113,7 +104,7 @@ def quantize_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 
 
 def pack(weight: Tensor, kind: str, group_size: int = 64) -> PackedWeight:
-    """Pack a weight.
+    """Pack a weight, tile by tile: what is computed on the way then stays in the processor's cache.
 
     Args:
         weight: [out_features, in_features], any float dtype.
@@ -123,20 +114,49 @@ def pack(weight: Tensor, kind: str, group_size: int = 64) -> PackedWeight:
     Raises:
         ValueError: unknown kind, or a group size below 1.
     """
-    out, inside = weight.shape
-    if kind in ("float32", "bfloat16"):
-        return PackedWeight(kind, out, inside, _tiles(weight.detach().to(getattr(torch, kind))))
-    if kind == "int8":
-        codes, scale = quantize_int8(weight.detach())
-        return PackedWeight(kind, out, inside, _tiles(codes), torch.nn.functional.pad(scale, (0, -out % TILE)))
-    if kind != "int4" or group_size < 1:
+    if kind not in KINDS or group_size < 1:
         raise ValueError(f"kind is {kind!r} with groups of {group_size}; use one of {', '.join(KINDS)} and groups of 1 or more")
-    codes, scale = quantize_int4(weight.detach(), group_size)
-    nibbles = (_tiles(codes) + _MIDDLE).int().reshape(-1, inside, _NIBBLES, TILE // _NIBBLES)
-    data = nibbles[:, :, 0].clone()
-    for place in range(1, _NIBBLES):
-        data |= nibbles[:, :, place] << 4 * place
-    return PackedWeight(kind, out, inside, in_huge_pages(data), _tiles(scale), group_size)
+    out, inside = weight.shape
+    layout = packed_layout(out, inside, kind, group_size)
+    data = empty_in_huge_pages(layout["data"][1], layout["data"][0])
+    scale = torch.empty(layout["scale"][1], dtype=layout["scale"][0]) if "scale" in layout else None
+    scales = None if scale is None else scale.view(data.shape[0], -1, TILE)
+    for tile, rows in enumerate(weight.detach().split(TILE)):
+        codes, of_codes = _quantized(rows, kind, group_size)
+        codes = torch.nn.functional.pad(codes, (0, 0, 0, TILE - rows.shape[0])).T
+        data[tile] = _nibbles(codes) if kind == "int4" else codes
+        if scales is not None and of_codes is not None:
+            scales[tile] = torch.nn.functional.pad(of_codes, (0, 0, 0, TILE - rows.shape[0])).T
+    return PackedWeight(kind, out, inside, data, scale, group_size if kind == "int4" else 0)
+
+
+def _quantized(rows: Tensor, kind: str, group_size: int) -> tuple[Tensor, Tensor | None]:
+    """Codes, or floats, [out, in] and their scales [out, groups]."""
+    if kind == "int4":
+        return quantize_int4(rows, group_size)
+    if kind == "int8":
+        codes, scale = quantize_int8(rows)
+        return codes, scale[:, None]
+    return rows, None
+
+
+def _nibbles(codes: Tensor) -> Tensor:
+    """int4 codes [in, TILE] int8 -> [in, TILE / 8] int32."""
+    parts = (codes + _MIDDLE).int().reshape(-1, _NIBBLES, TILE // _NIBBLES).unbind(1)
+    words = parts[0].clone()
+    for place, part in enumerate(parts[1:], 1):
+        words |= part << 4 * place
+    return words
+
+
+def packed_layout(out_features: int, in_features: int, kind: str, group_size: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """dtype and shape of `data` and, for integers, `scale` of what `pack` makes of a weight."""
+    tiles = -(-out_features // TILE)
+    if kind in ("float32", "bfloat16"):
+        return {"data": (getattr(torch, kind), (tiles, in_features, TILE))}
+    if kind == "int8":
+        return {"data": (torch.int8, (tiles, in_features, TILE)), "scale": (torch.float32, (tiles * TILE,))}
+    return {"data": (torch.int32, (tiles, in_features, TILE // _NIBBLES)), "scale": (torch.bfloat16, (tiles, -(-in_features // group_size), TILE))}
 
 
 def unpack(packed: PackedWeight) -> Tensor:
