@@ -157,6 +157,11 @@ class Technique:
                 object.__setattr__(self, item.name, _as_spelled(value, item.default))
             _check_value(self.name, item.name, getattr(self, item.name), item.metadata, item.default)
 
+    @property
+    def drops_originals(self) -> bool:
+        """Whether the weights that this technique replaces, and those that the ones before it did, shall leave memory."""
+        return False
+
     def check(self, bundle: Bundle) -> None:
         """Refuse a bundle this technique does not admit. Reads configurations only, so it takes milliseconds.
 

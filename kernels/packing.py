@@ -47,6 +47,12 @@ class PackedWeight:
         """The same weights, each input channel's in one piece: for reading some channels of a matrix larger than the caches."""
         return self if self.by_row else replace(self, data=in_huge_pages(self.data.transpose(0, 1).contiguous()), by_row=True)
 
+    def part(self, start: int, out_features: int) -> PackedWeight:
+        """The outputs from `start` on, a multiple of TILE, of a weight whose rows lie together; views, for torch only."""
+        tiles = slice(start // TILE, -(-(start + out_features) // TILE))
+        scale = None if self.scale is None else self.scale.view(self.data.shape[1], -1)[tiles].reshape(-1, *self.scale.shape[1:])
+        return replace(self, out_features=out_features, data=self.data[:, tiles], scale=scale)
+
     @property
     def tiles(self) -> Tensor:
         """`data` with tiles first, whatever lies together; a view."""
@@ -59,6 +65,7 @@ class PackedWeight:
 
     def matrix(self, bias: Tensor | None = None) -> Matrix:
         """For the C library; it points into these tensors and into `bias` [out_features] float32, which must outlive it."""
+        assert self.data.is_contiguous()
         return Matrix(KIND_NUMBERS[self.kind], self.in_features, self.out_features, self.group_size, self.by_row, address(self.data), address(self.scale), address(bias))
 
 
@@ -159,17 +166,18 @@ def packed_layout(out_features: int, in_features: int, kind: str, group_size: in
     return {"data": (torch.int32, (tiles, in_features, TILE // _NIBBLES)), "scale": (torch.bfloat16, (tiles, -(-in_features // group_size), TILE))}
 
 
-def unpack(packed: PackedWeight) -> Tensor:
-    """The weight [out_features, in_features] float32 that the kernel computes with: the reference of every packed form."""
+def unpack(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight [out_features, in_features] that the kernel computes with, rounded to `dtype`: the reference of every packed form."""
     data = packed.tiles
-    if packed.kind == "int4":
-        data = torch.cat([data >> 4 * place & 15 for place in range(_NIBBLES)], -1) - _MIDDLE
-    wide = data.float()
+    wide = torch.bfloat16 if dtype == torch.bfloat16 and packed.kind != "int8" else torch.float32  # codes times bfloat16 scales round the same in either
     if packed.kind == "int4":
         assert packed.scale is not None
-        wide = wide * packed.scale.float().repeat_interleave(packed.group_size, 1)[:, : packed.in_features]
-    flat = wide.transpose(1, 2).reshape(-1, packed.in_features)[: packed.out_features]
+        codes = torch.cat([data >> 4 * place & 15 for place in range(_NIBBLES)], -1) - _MIDDLE
+        values = codes.to(wide) * packed.scale.to(wide).repeat_interleave(packed.group_size, 1)[:, : packed.in_features]
+    else:
+        values = data if packed.kind == str(dtype).removeprefix("torch.") else data.to(wide)
+    flat = values.transpose(1, 2).reshape(-1, packed.in_features)[: packed.out_features]
     if packed.kind == "int8":
         assert packed.scale is not None
         flat = flat * packed.scale[: packed.out_features, None]
-    return flat.contiguous()
+    return flat.to(dtype).contiguous()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -54,7 +53,7 @@ class _Packed(Technique):
             for path, layer, is_head in chosen:
                 if is_head and getattr(bundle.model.config, "tie_word_embeddings", False):
                     edits.set_attr(bundle.model.config, "tie_word_embeddings", False)  # else loading and saving would tie the head again
-                new = packed_layer(layer, self.pack_head(layer, kept) if is_head else self.pack_layer(layer, kept))
+                new = PackedLinear.in_place_of(layer, self.pack_head(layer, kept) if is_head else self.pack_layer(layer, kept))
                 edits.swap_module(bundle.model, path, new)
                 packed.append(new)
         if not self.head:
@@ -77,17 +76,6 @@ class _Packed(Technique):
     def pack_head(self, layer: nn.Module, kept: KeptPackings) -> PackedWeight:
         """The output head's weight: int8, whatever the others are."""
         return kept.pack(linear_weight(layer)[0], "int8")
-
-
-def packed_layer(layer: nn.Module, packed: PackedWeight) -> PackedLinear:
-    """A packed layer in the place of `layer`: it takes over the bias and what other techniques have hung on it."""
-    new = PackedLinear(packed, linear_weight(layer)[1])
-    new._forward_hooks = copy.copy(layer._forward_hooks)
-    new._forward_pre_hooks = copy.copy(layer._forward_pre_hooks)
-    new.train(layer.training)
-    for name, child in layer.named_children():
-        new.add_module(name, child)
-    return new
 
 
 @dataclass(frozen=True)
