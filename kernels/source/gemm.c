@@ -1,5 +1,5 @@
-/* Y = X W for many tokens, W packed: a prompt. A tile of weights is unpacked for DEPTH input channels, and all tokens are multiplied with it
- * before the next ones are; threads share out strips of outputs, so that nothing is summed across threads.
+/* Y = X W for many tokens, W packed: a prompt. A strip of outputs is unpacked for up to DEPTH input channels, and all tokens are multiplied with
+ * it before the next one is; threads share out strips, so that nothing is summed across threads.
  *
  * bfloat16 tokens are multiplied as bfloat16 where the CPU can (matrix registers, else AVX512-BF16), all else as float. Sums are always float.
  */
@@ -12,6 +12,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+
+#define BLOCK_SUMS (ROWS * STRIP)
 
 enum { BY_FLOAT, BY_BF16, BY_TILES };
 
@@ -31,7 +33,7 @@ static void multiply_f32(float *restrict sums, const float *restrict a, const fl
             f32x16 s[SUM_ROWS][SUM_VECTORS] = {0};
             for (int64_t k = 0; k < depth; k++)
                 for (int j = 0; j < SUM_VECTORS; j++) {
-                    f32x16 value = load_f32(b + k * TILE + (v + j) * LANES);
+                    f32x16 value = load_f32(b + k * STRIP + (v + j) * LANES);
                     _Pragma("GCC unroll 8")
                     for (int i = 0; i < SUM_ROWS; i++) s[i][j] += value * a[k * ROWS + r + i];
                 }
@@ -88,8 +90,8 @@ static void configure_tiles(void) {
     _tile_loadconfig(&config);
 }
 
-/* One or two blocks of tokens; the second lies a_next and sums_next entries on. */
-INLINE void multiply_tiles(float *sums, int64_t sums_next, const uint16_t *a, int64_t a_next, const uint16_t *b, int64_t depth, int first, const int two) {
+/* One or two blocks of tokens; the second one's begin `next` entries on. */
+INLINE void multiply_tiles(float *sums, const uint16_t *a, int64_t next, const uint16_t *b, int64_t depth, int first, const int two) {
     const size_t line = STRIP * sizeof *sums;
     if (first) {
         _tile_zero(0);
@@ -102,8 +104,8 @@ INLINE void multiply_tiles(float *sums, int64_t sums_next, const uint16_t *a, in
         _tile_loadd(0, sums, line);
         _tile_loadd(1, sums + LANES, line);
         if (two) {
-            _tile_loadd(2, sums + sums_next, line);
-            _tile_loadd(3, sums + sums_next + LANES, line);
+            _tile_loadd(2, sums + BLOCK_SUMS, line);
+            _tile_loadd(3, sums + BLOCK_SUMS + LANES, line);
         }
     }
     for (int64_t k = 0; k < depth; k += CHUNK, a += ROWS * CHUNK, b += CHUNK * LANES) {
@@ -113,7 +115,7 @@ INLINE void multiply_tiles(float *sums, int64_t sums_next, const uint16_t *a, in
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         if (two) {
-            _tile_loadd(5, a + a_next, 64);
+            _tile_loadd(5, a + next, 64);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
@@ -121,8 +123,8 @@ INLINE void multiply_tiles(float *sums, int64_t sums_next, const uint16_t *a, in
     _tile_stored(0, sums, line);
     _tile_stored(1, sums + LANES, line);
     if (two) {
-        _tile_stored(2, sums + sums_next, line);
-        _tile_stored(3, sums + sums_next + LANES, line);
+        _tile_stored(2, sums + BLOCK_SUMS, line);
+        _tile_stored(3, sums + BLOCK_SUMS + LANES, line);
     }
 }
 #endif
@@ -143,82 +145,105 @@ static void lay_out(const struct product *p, int64_t block) {
 #endif
 }
 
-static void unpack_panel(const struct product *p, void *panel, int64_t tile, int64_t k, int64_t last, int from, int to) {
-    if (p->how == BY_FLOAT) {
-        switch (p->w->kind) {
-        case FLOAT32: unpack_f32(panel, p->w, FLOAT32, tile, k, last, from, to); return;
-        case BFLOAT16: unpack_f32(panel, p->w, BFLOAT16, tile, k, last, from, to); return;
-        case INT8: unpack_f32(panel, p->w, INT8, tile, k, last, from, to); return;
-        default: unpack_f32(panel, p->w, INT4, tile, k, last, from, to); return;
-        }
-    }
+INLINE void unpack_panel(const struct product *p, const int kind, void *panel, int64_t strip, int64_t first, int64_t last) {
+    const int64_t tile = strip / STRIPS;
+    const int inside = (int)(strip % STRIPS);
+    if (p->how == BY_FLOAT) unpack_f32(panel, p->w, kind, tile, inside, first, last);
 #ifdef __AVX512BF16__
-    switch (p->w->kind) {
-    case FLOAT32: unpack_bf16(panel, p->w, FLOAT32, tile, k, last, from, to); return;
-    case BFLOAT16: unpack_bf16(panel, p->w, BFLOAT16, tile, k, last, from, to); return;
-    case INT8: unpack_bf16(panel, p->w, INT8, tile, k, last, from, to); return;
-    default: unpack_bf16(panel, p->w, INT4, tile, k, last, from, to); return;
-    }
+    else unpack_bf16(panel, p->w, kind, tile, inside, first, last);
 #endif
 }
 
-/* All tokens with one strip, from channel k on. sums: [blocks][STRIPS][ROWS][STRIP], at this strip. */
-static void multiply_strip(const struct product *p, float *sums, const void *panel, int strip, int64_t k, int64_t depth) {
-    const int64_t next = STRIPS * ROWS * STRIP;
+static void unpack_strip(const struct product *p, void *panel, int64_t strip, int64_t first, int64_t last) {
+    switch (p->w->kind) { /* one function a dtype */
+    case FLOAT32: unpack_panel(p, FLOAT32, panel, strip, first, last); break;
+    case BFLOAT16: unpack_panel(p, BFLOAT16, panel, strip, first, last); break;
+    case INT8: unpack_panel(p, INT8, panel, strip, first, last); break;
+    default: unpack_panel(p, INT4, panel, strip, first, last);
+    }
+}
+
+/* Two blocks of tokens, the second only where there is one, with an unpacked strip from channel k on. sums: [2][ROWS][STRIP]. */
+static void multiply_blocks(const struct product *p, float *sums, const void *panel, int64_t block, int64_t k, int64_t depth) {
+    const int64_t at = (block * p->depth + k) * ROWS, next = p->depth * ROWS;
+    const int two = block + 1 < p->blocks, first = !k;
     if (p->how == BY_FLOAT) {
-        const float *rows = (const float *)p->rows + k * ROWS;
-        for (int64_t b = 0; b < p->blocks; b++) multiply_f32(sums + b * next, rows + b * p->depth * ROWS, (const float *)panel + strip * STRIP, depth, !k);
+        for (int b = 0; b <= two; b++) multiply_f32(sums + b * BLOCK_SUMS, (const float *)p->rows + at + b * next, panel, depth, first);
         return;
     }
 #ifdef __AVX512BF16__
-    const uint16_t *rows = (const uint16_t *)p->rows + k * ROWS, *weights = (const uint16_t *)panel + strip * (STRIP / LANES) * PAIRED;
-    int64_t b = 0, row = p->depth * ROWS;
+    const uint16_t *rows = (const uint16_t *)p->rows + at;
     depth = padded(depth, CHUNK);
 #ifdef HAS_TILES
     if (p->how == BY_TILES) {
-        for (; b + 1 < p->blocks; b += 2) multiply_tiles(sums + b * next, next, rows + b * row, row, weights, depth, !k, 1);
-        for (; b < p->blocks; b++) multiply_tiles(sums + b * next, next, rows + b * row, row, weights, depth, !k, 0);
+        if (two) multiply_tiles(sums, rows, next, panel, depth, first, 1);
+        else multiply_tiles(sums, rows, next, panel, depth, first, 0);
+        return;
     }
 #endif
-    for (; b < p->blocks; b++) multiply_bf16(sums + b * next, rows + b * row, weights, depth, !k);
+    for (int b = 0; b <= two; b++) multiply_bf16(sums + b * BLOCK_SUMS, rows + b * next, panel, depth, first);
 #endif
 }
 
-/* Scales, adds the bias, rounds and writes what one strip's sums are; outputs beyond the last are left out. */
-static void finish_strip(const struct product *p, const float *sums, int64_t output) {
-    const struct matrix *w = p->w;
-    float scale[STRIP], bias[STRIP] = {0};
-    int width = w->out - output < STRIP ? (int)(w->out - output) : STRIP;
-    for (int j = 0; j < STRIP; j++) scale[j] = w->kind == INT8 ? ((const float *)w->scale)[output + j] : 1.0f;
-    if (w->bias) memcpy(bias, w->bias + output, (size_t)width * sizeof *bias);
-    for (int64_t t = 0; t < p->tokens; t++) {
-        const float *from = sums + t / ROWS * STRIPS * ROWS * STRIP + t % ROWS * STRIP;
-        float wide[STRIP];
-        uint16_t half[STRIP];
-        for (int j = 0; j < STRIP; j += LANES) {
-            f32x16 value = load_f32(from + j) * load_f32(scale + j) + load_f32(bias + j);
-            if (p->is_bf16) store_bf16(half + j, value);
-            else store_f32(wide + j, value);
+/* What sums become: scaled, the bias added, and rounded. */
+struct ending {
+    float scale[STRIP], bias[STRIP];
+};
+
+static struct ending ending_of(const struct matrix *w, int64_t output) {
+    struct ending e = {0};
+    for (int64_t j = 0; j < STRIP && output + j < w->out; j++) {
+        e.scale[j] = w->kind == INT8 ? ((const float *)w->scale)[output + j] : 1.0f;
+        e.bias[j] = w->bias ? w->bias[output + j] : 0.0f;
+    }
+    return e;
+}
+
+INLINE void finish_row(char *to, const float *sums, const struct ending *e, const int is_bf16) {
+    f32x16 value[2];
+    for (int j = 0; j < 2; j++) value[j] = load_f32(sums + j * LANES) * load_f32(e->scale + j * LANES) + load_f32(e->bias + j * LANES);
+    for (int j = 0; j < 2; j++) {
+        if (is_bf16) store_bf16((uint16_t *)to + j * LANES, value[j]);
+        else store_f32((float *)to + j * LANES, value[j]);
+    }
+}
+
+/* Writes the outputs of two blocks' tokens; those beyond the last token or output are left out. */
+INLINE void finish_blocks(const struct product *p, const float *sums, const struct ending *e, int64_t block, int64_t output, const int is_bf16) {
+    const int64_t out = p->w->out, first = block * ROWS, count = p->tokens - first < 2 * ROWS ? p->tokens - first : 2 * ROWS;
+    const size_t size = is_bf16 ? sizeof(uint16_t) : sizeof(float);
+    char *y = (char *)p->y + (size_t)(first * out + output) * size;
+    for (int64_t r = 0; r < count; r++, y += (size_t)out * size, sums += STRIP) {
+        if (output + STRIP <= out) {
+            finish_row(y, sums, e, is_bf16);
+            continue;
         }
-        if (p->is_bf16) memcpy((uint16_t *)p->y + t * w->out + output, half, (size_t)width * sizeof *half);
-        else memcpy((float *)p->y + t * w->out + output, wide, (size_t)width * sizeof *wide);
+        char whole[STRIP * sizeof(float)];
+        finish_row(whole, sums, e, is_bf16);
+        memcpy(y, whole, (size_t)(out - output) * size);
     }
 }
 
-/* Strips `first` to `last`, those of a tile together. */
+/* Strips `first` to `last`, of each tile together: they share cache lines. sums: [STRIPS][blocks][ROWS][STRIP]. */
 static void multiply_strips(const struct product *p, void *panel, float *sums, int64_t first, int64_t last) {
-    while (first < last) {
-        int64_t tile = first / STRIPS, after = (tile + 1) * STRIPS < last ? (tile + 1) * STRIPS : last, in = p->w->in;
-        int from = (int)(first - tile * STRIPS), to = (int)(after - tile * STRIPS);
-        for (int64_t k = 0; k < in; k += DEPTH) {
-            int64_t end = k + DEPTH < in ? k + DEPTH : in;
-            unpack_panel(p, panel, tile, k, end, from * (STRIP / LANES), to * (STRIP / LANES));
-            for (int s = from; s < to; s++) {
-                multiply_strip(p, sums + s * ROWS * STRIP, panel, s, k, end - k);
-                if (end == in) finish_strip(p, sums + s * ROWS * STRIP, tile * TILE + s * STRIP);
+    const int64_t in = p->w->in, parts = (in + DEPTH - 1) / DEPTH, depth = padded((in + parts - 1) / parts, CHUNK);
+    for (int64_t after; first < last; first = after) {
+        after = (first / STRIPS + 1) * STRIPS;
+        if (after > last) after = last;
+        for (int64_t k = 0; k < in; k += depth) {
+            const int64_t end = k + depth < in ? k + depth : in;
+            for (int64_t strip = first; strip < after; strip++) {
+                const struct ending e = ending_of(p->w, strip * STRIP);
+                unpack_strip(p, panel, strip, k, end);
+                for (int64_t b = 0; b < p->blocks; b += 2) {
+                    float *at = sums + (parts > 1 ? (strip - first) * p->blocks + b : 0) * BLOCK_SUMS;
+                    multiply_blocks(p, at, panel, b, k, end - k);
+                    if (end < in) continue;
+                    if (p->is_bf16) finish_blocks(p, at, &e, b, strip * STRIP, 1);
+                    else finish_blocks(p, at, &e, b, strip * STRIP, 0);
+                }
             }
         }
-        first = after;
     }
 }
 
@@ -252,7 +277,7 @@ static void *aligned(size_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 
 
 static int64_t multiply_many(struct product *p) {
     const int64_t strips = (p->w->out + STRIP - 1) / STRIP, threads = omp_get_max_threads();
-    const size_t panel_bytes = DEPTH * TILE * sizeof(float) + PAIRED * sizeof(uint16_t), sum_bytes = (size_t)(p->blocks * ROWS * TILE) * sizeof(float);
+    const size_t panel_bytes = DEPTH * STRIP * sizeof(float), sum_bytes = (size_t)((p->blocks + 1) * ROWS * TILE) * sizeof(float);
     char *own = aligned((size_t)threads * (panel_bytes + sum_bytes));
     p->rows = aligned((size_t)(p->blocks * ROWS * p->depth) * sizeof(float));
     if (own && p->rows) {

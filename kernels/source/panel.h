@@ -8,45 +8,46 @@
 #define STRIPS (TILE / STRIP)
 #define ROWS 16   /* tokens of a block: the rows of a matrix register */
 #define CHUNK 32  /* input channels of a matrix register of bfloat16: the padding of both sides */
-#define DEPTH 512 /* input channels unpacked at a time: a strip of them lies in the first-level cache, a tile in the second */
+#define DEPTH 640 /* input channels unpacked at a time, at most: a strip of them lies in the first-level cache, all tokens' in the second */
 
-#define PAIRED ((DEPTH / 2 + 1) * 2 * LANES) /* entries from one vector of outputs to the next; a line more than needed, so that they do not share cache sets */
+#define PAIRED ((DEPTH / 2 + 1) * 2 * LANES) /* bfloat16 from one vector of outputs to the next; a line more than needed, so that they do not share cache sets */
 
 INLINE int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-/* 16 outputs' weights of one input channel as numbers; int8 not scaled. words, scales: of int4, at this channel. */
-INLINE f32x16 weights_at(const struct matrix *w, const int kind, int64_t at, u32x16 words, const uint16_t *scales, int v) {
-    switch (kind) {
-    case FLOAT32: return load_f32((const float *)w->data + at + v * LANES);
-    case BFLOAT16: return load_bf16((const uint16_t *)w->data + at + v * LANES);
-    case INT8: return load_i8((const int8_t *)w->data + at + v * LANES);
-    default: return unpacked(words, v) * load_bf16(scales + v * LANES);
-    }
-}
-
-/* Where one input channel's weights of a tile begin, and with which words and scales; goes from channel to channel. */
+/* Where one input channel's weights of a strip begin, with which words and scales in int4; goes from channel to channel. */
 struct channel {
     int64_t at, group_end;
     u32x16 words;
     const uint16_t *scales;
 };
 
-INLINE void read_channel(struct channel *c, const struct matrix *w, const int kind, int64_t tile, int64_t row) {
-    c->at = tile * tile_stride_of(w) + row * row_stride_of(w);
+INLINE void read_channel(struct channel *c, const struct matrix *w, const int kind, int64_t tile, int strip, int64_t row) {
+    c->at = tile * tile_stride_of(w) + row * row_stride_of(w) + strip * STRIP;
     if (kind != INT4) return;
-    memcpy(&c->words, (const uint32_t *)w->data + c->at / 8, sizeof c->words);
+    memcpy(&c->words, (const uint32_t *)w->data + (c->at - strip * STRIP) / 8, sizeof c->words);
+    c->words >>= strip * (STRIP / LANES) * 4;
     if (row < c->group_end) return;
     int64_t groups = (w->in + w->group - 1) / w->group, group = row / w->group;
-    c->scales = (const uint16_t *)w->scale + (tile * groups + group) * TILE;
+    c->scales = (const uint16_t *)w->scale + (tile * groups + group) * TILE + strip * STRIP;
     c->group_end = (group + 1) * w->group;
 }
 
-/* panel[DEPTH][TILE] float: vectors `from` to `to` of a tile's channels from `first` on, zero beyond `last`. */
-INLINE void unpack_f32(float *panel, const struct matrix *w, const int kind, int64_t tile, int64_t first, int64_t last, int from, int to) {
+/* 16 outputs' weights as numbers; int8 not scaled. */
+INLINE f32x16 weights_at(const struct channel *c, const struct matrix *w, const int kind, const int v) {
+    switch (kind) {
+    case FLOAT32: return load_f32((const float *)w->data + c->at + v * LANES);
+    case BFLOAT16: return load_bf16((const uint16_t *)w->data + c->at + v * LANES);
+    case INT8: return load_i8((const int8_t *)w->data + c->at + v * LANES);
+    default: return unpacked(c->words, v) * load_bf16(c->scales + v * LANES);
+    }
+}
+
+/* panel[DEPTH][STRIP] float: a strip's channels `first` to `last`. */
+INLINE void unpack_f32(float *panel, const struct matrix *w, const int kind, int64_t tile, int strip, int64_t first, int64_t last) {
     struct channel c = {0};
-    for (int64_t row = first; row < last; row++) {
-        read_channel(&c, w, kind, tile, row);
-        for (int v = from; v < to; v++) store_f32(panel + (row - first) * TILE + v * LANES, weights_at(w, kind, c.at, c.words, c.scales, v));
+    for (int64_t row = first; row < last; row++, panel += STRIP) {
+        read_channel(&c, w, kind, tile, strip, row);
+        for (int v = 0; v < STRIP / LANES; v++) store_f32(panel + v * LANES, weights_at(&c, w, kind, v));
     }
 }
 
@@ -69,31 +70,29 @@ INLINE __m512i paired(f32x16 low, f32x16 high, const int kind) {
     return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
 }
 
-/* panel[vectors][DEPTH / 2][16 outputs][2 channels]; `last - first` is made a whole number of chunks with zeros. */
-INLINE void unpack_bf16(uint16_t *panel, const struct matrix *w, const int kind, int64_t tile, int64_t first, int64_t last, int from, int to) {
+/* panel[2 vectors][DEPTH / 2][16 outputs][2 channels]: a strip's channels `first` to `last`, made a whole number of chunks with zeros. */
+INLINE void unpack_bf16(uint16_t *panel, const struct matrix *w, const int kind, int64_t tile, int strip, int64_t first, int64_t last) {
     struct channel low = {0}, high = {0};
-    const int64_t end = first + padded(last - first, CHUNK);
-    for (int64_t row = first; row < end; row += 2) {
-        const int some = row < last, both = row + 1 < last;
-        if (some) read_channel(&low, w, kind, tile, row);
-        if (both) read_channel(&high, w, kind, tile, row + 1);
-        for (int v = from; v < to; v++) {
-            f32x16 a = some ? weights_at(w, kind, low.at, low.words, low.scales, v) : (f32x16){0};
-            f32x16 b = both ? weights_at(w, kind, high.at, high.words, high.scales, v) : (f32x16){0};
-            _mm512_storeu_si512(panel + v * PAIRED + (row - first) * LANES, paired(a, b, kind));
-        }
+    int64_t row = first;
+    for (; row + 1 < last; row += 2, panel += 2 * LANES) {
+        read_channel(&low, w, kind, tile, strip, row);
+        read_channel(&high, w, kind, tile, strip, row + 1);
+        for (int v = 0; v < STRIP / LANES; v++) _mm512_store_si512(panel + v * PAIRED, paired(weights_at(&low, w, kind, v), weights_at(&high, w, kind, v), kind));
     }
+    if (row < last) read_channel(&low, w, kind, tile, strip, row);
+    for (const int64_t end = first + padded(last - first, CHUNK); row < end; row += 2, panel += 2 * LANES)
+        for (int v = 0; v < STRIP / LANES; v++) _mm512_store_si512(panel + v * PAIRED, paired(row < last ? weights_at(&low, w, kind, v) : (f32x16){0}, (f32x16){0}, kind));
 }
 
 /* Rows [blocks][in padded / CHUNK][ROWS][CHUNK] of bfloat16; missing tokens and channels are zero. */
 INLINE void lay_out_bf16(uint16_t *to, const uint16_t *x, int64_t tokens, int64_t in, int64_t block) {
     to += block * padded(in, CHUNK) * ROWS;
     for (int64_t k = 0; k < in; k += CHUNK, to += ROWS * CHUNK) {
-        size_t width = (size_t)(in - k < CHUNK ? in - k : CHUNK) * sizeof *to;
+        const int64_t width = in - k < CHUNK ? in - k : CHUNK;
         for (int64_t r = 0; r < ROWS; r++) {
-            const int here = block * ROWS + r < tokens;
-            if (!here || width < CHUNK * sizeof *to) memset(to + r * CHUNK, 0, CHUNK * sizeof *to);
-            if (here) memcpy(to + r * CHUNK, x + (block * ROWS + r) * in + k, width);
+            const int64_t token = block * ROWS + r;
+            const __mmask32 here = token < tokens ? 0xffffffffu >> (CHUNK - width) : 0;
+            _mm512_store_si512(to + r * CHUNK, _mm512_maskz_loadu_epi16(here, x + (here ? token * in + k : 0)));
         }
     }
 }

@@ -62,6 +62,10 @@ INLINE uint16_t to_bf16(float v) {
 
 /* The same for sixteen. */
 INLINE void store_bf16(uint16_t *p, f32x16 v) {
+#ifdef __AVX512BF16__
+    __m256bh rounded = _mm512_cvtneps_pbh((__m512)v); /* what float holds below 1e-38 becomes zero */
+    memcpy(p, &rounded, sizeof rounded);
+#else
     u32x16 bits = as_u32(v), rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     rounded = as_u32(choose(v == v, as_f32(rounded), as_f32((u32x16){0} + 0x7fc0u)));
 #ifdef __AVX512F__
@@ -69,6 +73,7 @@ INLINE void store_bf16(uint16_t *p, f32x16 v) {
 #else
     u16x16 half = __builtin_convertvector(rounded, u16x16);
     memcpy(p, &half, sizeof half);
+#endif
 #endif
 }
 
