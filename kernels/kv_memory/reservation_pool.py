@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 
+import torch
+
 from core.errors import OutOfMemory
 from core.memory import available_bytes
 from core.units import format_bytes
 from kernels.kv_memory.cache import TokenMajorCache
 from kernels.kv_memory.layout import KVLayout
+from kernels.kv_memory.region import Region
 from kernels.kv_memory.shared_prefix import PrefixFile, prefix_file
-from kernels.kv_memory.storage import ReservedStorage
+from kernels.kv_memory.storage import CPU, ReservedStorage
 
 KEPT_TEXTS = 4
 """Texts of finished requests that wait for one that begins like them."""
@@ -57,6 +60,7 @@ class ReservationPool:
     layouts: Sequence[KVLayout]
     context: int
     keep_bytes: int = 256 * 2**20
+    device: torch.device = CPU
     file: PrefixFile | None = None
     _waiting: list[TextMemory] = field(default_factory=list)
     """Least recently used first."""
@@ -87,7 +91,7 @@ class ReservationPool:
 
     def _reserve(self) -> TextMemory:
         try:
-            return TextMemory([ReservedStorage(layout, self.context) for layout in self.layouts])
+            return TextMemory([ReservedStorage(layout, self.context, self.device) for layout in self.layouts])
         except OutOfMemory as error:
             size = sum(layout.token_bytes for layout in self.layouts) * self.context
             raise OutOfMemory(f"A KV cache for {self.context:,} tokens takes {format_bytes(size)} of address space in all. {error}") from error
@@ -132,7 +136,7 @@ class ReservationPool:
     def _refuse_more_than_there_is(self, memory: TextMemory, tokens: int) -> None:
         need = tokens * sum(layout.token_bytes for layout in self.layouts)
         more = need - sum(s.committed_bytes + s.shared_bytes for s in memory.storages)
-        if more > 0 and more > (free := available_bytes()):
+        if self.device.type == "cpu" and more > 0 and more > (free := available_bytes()):
             raise OutOfMemory(
                 f"The KV cache of {tokens:,} prompt tokens takes {format_bytes(need)}, {format_bytes(more)} more than is committed, and {format_bytes(free)} of memory are available. "
                 "Start a new chat or shorten the text."
@@ -149,8 +153,8 @@ class ReservationPool:
         Raises:
             OutOfMemory: there is no memory left.
         """
-        regions = [region for storage in source for region in storage.regions.values()]
-        if self.file is None:
+        regions = [region for storage in source for region in storage.regions.values() if isinstance(region, Region)]
+        if self.file is None and regions:
             self.file = prefix_file([region.size for region in regions])
         if self.file is not None:
             self.file.publish(regions, [size for storage, count in zip(source, tokens, strict=True) for size in storage.group_bytes(count)])

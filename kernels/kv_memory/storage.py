@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from core.errors import MissingDependency
+from kernels.kv_memory.cuda_region import CudaRegion, cuda_driver
 from kernels.kv_memory.layout import KVLayout, token_bytes
-from kernels.kv_memory.region import COMMITTER, PAGE_GROUP, Region
+from kernels.kv_memory.region import COMMITTER, Region
+
+CPU = torch.device("cpu")
 
 
 class Storage(Protocol):
@@ -65,6 +67,7 @@ class GrowingStorage:
     def rewind(self, tokens: int) -> None:
         """See Storage: nothing to do."""
 
+    @torch.inference_mode()
     def copy_from(self, other: GrowingStorage, tokens: int) -> None:
         """See Storage."""
         self.ensure(tokens)
@@ -80,16 +83,30 @@ class GrowingStorage:
     reserved_bytes = committed_bytes
 
 
+def make_region(size: int, device: torch.device) -> Region | CudaRegion:
+    """A region of the kind of memory that the device reads.
+
+    Raises:
+        OutOfMemory: the reservation is refused. MissingDependency: no CUDA driver.
+    """
+    if device.type == "cpu":
+        return Region(size)
+    driver = cuda_driver(device)
+    if driver is None:
+        raise MissingDependency(f"Memory of {device} can be reserved by the CUDA driver (libcuda.so.1) only, and there is none here.")
+    return CudaRegion(size, driver)
+
+
 class ReservedStorage:
     """One reservation for each part, as long as the context; page groups are committed as tokens come. Nothing is ever copied.
 
     Source: vAttention (arXiv 2405.04437), section 5.
     """
 
-    def __init__(self, layout: KVLayout, context: int) -> None:
+    def __init__(self, layout: KVLayout, context: int, device: torch.device = CPU) -> None:
         self.layout, self.context = layout, context
         self._token = {name: token_bytes(shape, dtype) for name, (shape, dtype) in layout.parts().items()}
-        self.regions = {name: Region(context * size) for name, size in self._token.items()}
+        self.regions = {name: make_region(context * size, device) for name, size in self._token.items()}
         self.tensors = {name: self.regions[name].tensor((context, *shape), dtype) for name, (shape, dtype) in layout.parts().items()}
         self.restart(0)
 
@@ -111,8 +128,8 @@ class ReservedStorage:
             need = tokens * self._token[name]
             if need > region.committed:
                 self.waited_pages += region.commit_to(need)
-            if need + PAGE_GROUP > region.committed and region.committed < region.size:
-                COMMITTER.commit_soon(region, need + PAGE_GROUP)
+            if need + region.page_group > region.committed and region.committed < region.size:
+                COMMITTER.commit_soon(region, need + region.page_group)
         return self.ready
 
     def rewind(self, tokens: int) -> None:
@@ -121,8 +138,9 @@ class ReservedStorage:
 
     def group_bytes(self, tokens: int) -> list[int]:
         """For each part, the bytes of the page groups that hold nothing but the first `tokens` tokens."""
-        return [tokens * size // PAGE_GROUP * PAGE_GROUP for size in self._token.values()]
+        return [tokens * self._token[name] // region.page_group * region.page_group for name, region in self.regions.items()]
 
+    @torch.inference_mode()
     def copy_from(self, other: ReservedStorage, tokens: int) -> None:
         """See Storage. What is shared in `other` is shared, the rest copied."""
         self.restart(tokens)
@@ -130,9 +148,9 @@ class ReservedStorage:
             source, size = other.regions[name], tokens * self._token[name]
             self.waited_pages += region.take_shared(tuple(part.until(whole) for part in source.parts if part.start < whole))
             self.waited_pages += region.commit_to(size)
-            start = region.shared
-            ctypes.memmove(region.base + start, source.base + start, size - start)
-            self.copied_bytes += size - start
+            mine, theirs = (storage.tensors[name].flatten().view(torch.uint8) for storage in (self, other))
+            mine[region.shared : size] = theirs[region.shared : size]
+            self.copied_bytes += size - region.shared
 
     @property
     def ready(self) -> int:
@@ -151,7 +169,7 @@ class ReservedStorage:
 
     def used_pages(self, tokens: int) -> int:
         """Pages that the first `tokens` tokens lie in."""
-        return sum(-(-tokens * size // mmap.PAGESIZE) for size in self._token.values())
+        return sum(-(-tokens * self._token[name] // region.page_bytes) for name, region in self.regions.items())
 
     @property
     def committed_bytes(self) -> int:
