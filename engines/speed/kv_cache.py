@@ -112,7 +112,7 @@ def _steps(bundle: Bundle, tokens: int, rounds: int) -> dict[str, Any]:
     grown = growing_cache(_pool(bundle).layouts)
     growing = _decode(bundle, grown, tokens)
     every_cold, every_warm = [s for run in cold for s in run], [s for run in warm for s in run]
-    committing = [run[i] / statistics.median(run[max(0, i - 8) : i + 9]) for run in cold for i in with_commits if i > 0]
+    committing = [run[i] / statistics.median(run[max(0, i - 8) : i + 9]) for run in cold for i in with_commits]
     return {
         "runs": len(cold), "cold_p50_s": statistics.median(every_cold), "cold_p99_s": percentile(every_cold, 0.99), "cold_max_s": max(every_cold),
         "warm_p50_s": statistics.median(every_warm), "warm_p99_s": percentile(every_warm, 0.99), "warm_max_s": max(every_warm),
@@ -129,9 +129,9 @@ def _ratios(runs: Sequence[Sequence[float]]) -> float:
 
 
 def _steps_with_commits(cache: TokenMajorCache, tokens: int) -> set[int]:
-    """Steps at whose start some part entered a page group, so that the next one was asked for and committed meanwhile."""
+    """Steps whose token is the first in some part's page group, so that the next one was asked for and committed meanwhile."""
     sizes = {tensor[0].nbytes for layer in cache.layers for tensor in layer.storage.tensors.values()}
-    return {step for step in range(tokens) for size in sizes if (step + 1) * size // PAGE_GROUP > step * size // PAGE_GROUP}
+    return {step for step in range(1, tokens) for size in sizes if ((step + 1) * size - 1) // PAGE_GROUP > (step * size - 1) // PAGE_GROUP}
 
 
 def _second_chat(bundle: Bundle, prefix: int, rest: int = 32, rounds: int = 3) -> dict[str, Any]:
