@@ -184,6 +184,17 @@ def test_texts_that_wait_are_few_and_the_oldest_go(plain: Engine) -> None:
     assert newest.metrics.kv_reused_tokens == len(newest.prompt.ids) - 1
 
 
+def test_the_oldest_text_whose_memory_somebody_else_wrote_to_is_not_taken_for_known(plain: Engine) -> None:
+    texts: list[list[Message]] = [[{"role": "user", "content": f"{number} is a number."}] for number in "1234567"[:KEPT_TEXTS]]
+    answers = [ask(plain, text) for text in texts]
+    assert all(memory.ids for memory in pool_of(plain)._waiting), "one of them must give way"
+    cache = plain.bundle.cache_factory()
+    prefill(plain.bundle, answers[0].prompt.ids[::-1], cache, Stop())
+    del cache
+    again = ask(plain, texts[0])
+    assert again.metrics.kv_reused_tokens == common(answers[0].prompt.ids, answers[1].prompt.ids) and again.token_ids == answers[0].token_ids
+
+
 def test_scoring_and_measurements_neither_use_nor_disturb_what_is_kept(plain: Engine) -> None:
     messages = conversation("What is a page?")
     kept = ask(plain, messages)
