@@ -172,6 +172,27 @@ def test_pages_of_the_file_are_freed_with_the_last_user_and_the_slot_is_used_aga
         del again, more
 
 
+@pytest.mark.parametrize("tokens", [40, 128, 300])
+def test_memory_that_still_shares_is_used_for_another_text(tokens: int) -> None:
+    pool = ReservationPool(LAYOUTS["float32"], 1000)
+    first, second = pool.cache(), pool.cache()
+    write(first, 128, 0)
+    write(second, tokens, 50)
+    before = content(first)
+    fork = first.fork()
+    places = [layer.storage.tensors["keys"].data_ptr() for layer in fork.layers]
+    del fork
+    other = second.fork()
+    assert [layer.storage.tensors["keys"].data_ptr() for layer in other.layers] == places, "the pages of the first text are mapped there"
+    assert same(content(other), content(second)) and same(content(first), before)
+    assert other.stats().shared_bytes == 4 * (tokens // 32) * PAGE_GROUP
+    kept = content(second)
+    del other
+    plain = pool.cache()
+    write(plain, 5, 70)
+    assert plain.stats().shared_bytes == 0 and same(content(second), kept) and same(content(first), before)
+
+
 def test_without_a_free_slot_pages_are_copied() -> None:
     pool = ReservationPool(LAYOUTS["float32"], 200)
     caches = []
