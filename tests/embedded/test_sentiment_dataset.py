@@ -121,3 +121,12 @@ def bag_of_words_accuracy(sentences: dict[str, list[str]], labels: dict[str, lis
 
 def test_counting_words_learns_much_but_not_all(sentences: dict[str, list[str]], labels: dict[str, list[int]]) -> None:
     assert 0.70 <= bag_of_words_accuracy(sentences, labels) <= 0.97
+
+
+def test_the_readme_states_the_counts_and_the_measured_accuracy(sentences: dict[str, list[str]], labels: dict[str, list[int]]) -> None:
+    text = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    for split in SPLITS:
+        share = sum(labels[split]) / len(labels[split])
+        assert f"| `sentiment/{split}.jsonl` | {len(labels[split])} | {100 * share:.1f} % |" in text
+    stated = re.search(r"gets ([\d.]+) % of validation right", text)
+    assert stated and float(stated[1]) == pytest.approx(100 * bag_of_words_accuracy(sentences, labels), abs=0.3)
