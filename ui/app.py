@@ -27,11 +27,12 @@ def build_app(services: Services | None = None) -> gr.Blocks:
     services = services or Services()
     with gr.Blocks(title=texts.TITLE, analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)) as app:
         gr.HTML(f'<header class="masthead"><h1>{texts.TITLE}</h1><p>{texts.TAGLINE}</p></header>')
+        comparison = gr.BrowserState(None, storage_key="fusebox-comparison")
         with gr.Tabs():
             with gr.Tab("Chat", id="chat"):
                 create_chat_tab(services)
             with gr.Tab("Compare", id="compare"):
-                create_compare_tab(services)
+                create_compare_tab(services, comparison)
         register_chat_api(services)
         register_compare_api(services)
 

@@ -109,14 +109,14 @@ class CompareEvents:
         yield [*_offered(tables), *_offered(write_pictures(job.live.record, job.folder))]
 
     def on_upload(self, path: str | None) -> list[Any]:
-        """A file of queries came or went: the queries, their preview, and which queries are asked."""
+        """A file of queries came or went: the queries, their preview, which queries are asked, and the box, emptied of a file that is none."""
         if not path:
-            return [(), query_preview(()), gr.skip()]
+            return [(), query_preview(()), gr.skip(), gr.skip()]
         try:
             queries: tuple[Query, ...] = read_queries(Path(path))
         except InvalidRequest as error:
-            return [(), query_preview((), str(error)), gr.skip()]
-        return [queries, query_preview(queries), OWN_FILE]
+            return [(), query_preview((), str(error)), gr.skip(), None]
+        return [queries, query_preview(queries), OWN_FILE, gr.skip()]
 
     def on_form(self, *values: Any) -> str:
         """The equal command."""

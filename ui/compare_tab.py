@@ -53,9 +53,8 @@ class _Results:
     command: gr.Code
 
 
-def create_compare_tab(services: Services) -> None:
-    """Lay out the tab and wire its events."""
-    job_id = gr.BrowserState(None, storage_key="fusebox-comparison")
+def create_compare_tab(services: Services, job_id: gr.BrowserState) -> None:
+    """Lay out the tab and wire its events. job_id: names the visitor's last comparison; it must lie outside of the tabs, whose content is not there until shown."""
     with gr.Row(elem_classes="chat-layout compare-layout"):
         with gr.Column(scale=1, min_width=300, elem_classes="controls"):
             form = _create_form(services)
@@ -138,7 +137,7 @@ def _wire(events: CompareEvents, job_id: gr.BrowserState, form: _Form, shown: _R
         events.on_query, [job_id, shown.model, shown.query], shown.answers, **quiet).then(events.on_result, *result, **quiet)
     shown.query.input(events.on_query, [job_id, shown.model, shown.query], shown.answers, **at_change)
     gr.on([field.change for field in form.limits], events.on_limits, [job_id, shown.model, *form.limits], shown.advice, **at_change)
-    gr.on([form.upload.upload, form.upload.clear], events.on_upload, form.upload, [form.queries, form.preview, form.source], **quiet)
+    gr.on([form.upload.upload, form.upload.clear], events.on_upload, form.upload, [form.queries, form.preview, form.source, form.upload], **quiet)
     form.every.click(lambda: [value for _, value in form.methods.choices], None, form.methods, queue=False, **quiet)
     gr.on([field.change for field in form.inputs], events.on_form, form.inputs, shown.command, **at_change)
     root = gr.context.Context.root_block

@@ -37,7 +37,7 @@ class LiveRecord:
             self.progress = event
 
     def _take(self, record: Mapping[str, Any]) -> None:
-        self.record, self.running = dict(record), None
+        self.record, self.running = {**record, "cells": list(record["cells"]), "rows": list(record["rows"])}, None
         self._places = {_key(cell): place for place, cell in enumerate(record["cells"])}
 
     def _put(self, cell: Mapping[str, Any]) -> None:
