@@ -95,10 +95,14 @@ def evaluate_chat_command(
     print("\n" + json.dumps({k: {n: v for n, v in figures[k].items() if n != "samples"} for k in figures if k not in ("model", "provenance")}, indent=1))
 
 
-@bench_app.command("decode")
+_Peers = Annotated[list[str] | None, typer.Option("--peers", help="Rivals to measure in turns with ours: llama.cpp, openvino, or one form as llama.cpp:Q8_0. They need requirements-peers.txt.")]
+
+
+@bench_app.command("decode", cls=SeveralValues)
 def bench_decode(
     shape: Annotated[list[str] | None, typer.Option(help="embedded, smollm2-135m, gpt2, opt-125m, tinyllama-1.1b or phi-2; again for more. embedded when not given.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="A method and its weights' dtype, as native+int8:bfloat16; again for more.")] = None,
+    peers: _Peers = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens in the cache while decoding.")] = 256,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of one segment.")] = 16,
     rounds: Annotated[int, typer.Option(min=1, help="ABBA rounds.")] = 2,
@@ -107,19 +111,21 @@ def bench_decode(
     """Decode speed of methods against transformers, on the embedded model or on shapes with random weights."""
     from engines.speed.decode import DEFAULT_METHODS, time_decode
 
-    _bench(json_path, [partial(time_decode, name, tuple(method or DEFAULT_METHODS), context=context, tokens=tokens, rounds=rounds) for name in shape or ["embedded"]], ("method", "executor", "decode_tok_s", "bytes_per_token", "bandwidth_fraction", "speedup_vs_baseline"))
+    _bench(json_path, [partial(time_decode, name, tuple(method or DEFAULT_METHODS), tuple(peers or ()), context=context, tokens=tokens, rounds=rounds) for name in shape or ["embedded"]], ("method", "executor", "decode_tok_s", "bytes_per_token", "bandwidth_fraction", "speedup_vs_baseline", "speedup_vs_peer"))
 
 
-@bench_app.command("prefill")
+@bench_app.command("prefill", cls=SeveralValues)
 def bench_prefill(
     shape: Annotated[list[str] | None, typer.Option(help="As for decode.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="As for decode.")] = None,
+    peers: _Peers = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 256,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
 ) -> None:
     """Prefill speed, in chunks over the project's cache, against one forward call of transformers."""
-    from engines.speed.prefill import time_prefill
+    from engines.speed.prefill import DEFAULT_METHODS, time_prefill
 
-    _bench(json_path, [partial(time_prefill, name, tokens=tokens) for name in shape or ["embedded"]], ("method", "prefill_tok_s", "speedup_vs_baseline"))
+    _bench(json_path, [partial(time_prefill, name, tuple(method or DEFAULT_METHODS), tuple(peers or ()), tokens=tokens) for name in shape or ["embedded"]], ("method", "prefill_tok_s", "speedup_vs_baseline", "speedup_vs_peer"))
 
 
 @bench_app.command("kv")
@@ -164,6 +170,8 @@ def _bench(json_path: Path | None, runs: Sequence[Callable[..., dict[str, Any]]]
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_cell(one)}" for name, one in value.items())
     return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
 
 

@@ -34,24 +34,31 @@ class Native:
     reason: str = ""
 
 
+_DEPENDS_ON = ("CC", "PATH", "FUSEBOX_MARCH", "FUSEBOX_CACHE")
 _lock = threading.Lock()
-_loaded: dict[str, Native] = {}
+_loaded: dict[tuple[str | None, ...], Native] = {}
+"""By what the environment says: a prompt asks for the library at every layer, and looking for the compiler takes longer than a small product."""
 
 
 def native() -> Native:
     """The C library, compiled if need be; never raises. `FUSEBOX_NATIVE=0` switches it off, `FUSEBOX_MARCH` names another CPU."""
     if os.environ.get("FUSEBOX_NATIVE") == "0":
         return Native(None, "switched off by FUSEBOX_NATIVE=0")
-    compiler = find_compiler()
-    if compiler is None:
-        return Native(None, "there is no C compiler; install gcc or clang")
-    key = library_key(compiler)
+    asked = tuple(map(os.environ.get, _DEPENDS_ON))
+    found = _loaded.get(asked)
+    if found is not None:
+        return found
     with _lock:
-        if key not in _loaded:
-            _loaded[key] = _load(compiler, key)
-            if _loaded[key].library is None:
-                log.warning("no native kernels: %s", _loaded[key].reason)
-        return _loaded[key]
+        if asked not in _loaded:
+            _loaded[asked] = _found()
+            if _loaded[asked].library is None:
+                log.warning("no native kernels: %s", _loaded[asked].reason)
+        return _loaded[asked]
+
+
+def _found() -> Native:
+    compiler = find_compiler()
+    return Native(None, "there is no C compiler; install gcc or clang") if compiler is None else _load(compiler, library_key(compiler))
 
 
 def find_compiler() -> str | None:

@@ -1,0 +1,1 @@
+"""Other runtimes measured beside ours: llama.cpp and OpenVINO, over the same weights, written by the bench itself."""
