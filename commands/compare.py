@@ -79,14 +79,19 @@ def _watch(events: Iterator[CompareEvent]) -> dict[str, Any]:
         InvalidRequest: the comparison as a whole failed.
     """
     from core.errors import InvalidRequest
-    from core.units import format_seconds
+    from core.units import format_time_left
     from engines.compare.events import CellDone, Failed, Finished, Progress
 
+    terminal, told = sys.stderr.isatty(), -1
     try:
         for event in events:
             if isinstance(event, Progress):
-                left = "" if event.seconds_left is None else f", {format_seconds(event.seconds_left)} left"
-                print(f"\r{event.fraction:4.0%}{left} {event.text:<70.70}", end="", file=sys.stderr, flush=True)
+                left = "" if event.seconds_left is None else f", {format_time_left(event.seconds_left)} left"
+                if terminal:
+                    print(f"\r{event.fraction:4.0%}{left} {event.text:<70.70}", end="", file=sys.stderr, flush=True)
+                elif int(10 * event.fraction) > told:  # a log gets ten lines
+                    told = int(10 * event.fraction)
+                    print(f"{event.fraction:4.0%}{left} {event.text}", file=sys.stderr, flush=True)
             elif isinstance(event, CellDone) and event.cell["error"]:
                 print(f"\r{event.cell['method']}, query {event.cell['query']}: {event.cell['error']}", file=sys.stderr)
             elif isinstance(event, Failed):

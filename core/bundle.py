@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from core.reversible import Edits
@@ -117,6 +118,29 @@ def storage_bytes(tensors: Iterable[Tensor]) -> dict[int, int]:
         if storage.nbytes():
             sizes[storage.data_ptr()] = storage.nbytes()
     return sizes
+
+
+class StorageWatch:
+    """Storages behind tensors, watched without being kept alive: tells which have really left memory."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._watched: list[tuple[StorageWeakRef, int, int]] = []
+        self.add(tensors)
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Watch these too; what is watched already counts once."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage.nbytes() and storage.data_ptr() not in self.alive():
+                self._watched.append((StorageWeakRef(storage), storage.data_ptr(), storage.nbytes()))
+
+    def alive(self) -> dict[int, int]:
+        """Bytes by address of storages that somebody holds."""
+        return {address: size for storage, address, size in self._watched if not storage.expired()}
+
+    def released_bytes(self) -> int:
+        """Bytes of storages that nobody holds any more."""
+        return sum(size for storage, _, size in self._watched if storage.expired())
 
 
 @dataclass(frozen=True)

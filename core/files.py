@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -20,12 +23,47 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` beside `path`, then put it in its place. On an error the old file stays and nothing is left beside it."""
+    with replacing(path) as fresh:
+        fresh.write_bytes(data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """An empty file beside `path` for the block to fill; it takes the place of `path` at the block's end, and goes on an error.
+
+    Its name is its own, so that two processes which write the same file do not write into each other's.
+    """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    fresh = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+        yield fresh
+        fresh.chmod(0o644)
+        fresh.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        fresh.unlink(missing_ok=True)
         raise
+
+
+def keep_within(folder: Path, limit_bytes: int) -> int:
+    """Remove files of a folder, the least recently used first, until the rest fit; returns how many went.
+
+    The limit is a quarter of the disk where that is less: of what is free and what the folder holds. Whoever uses a file marks it
+    by `os.utime`. What another process has removed meanwhile counts as gone; half-written files of killed processes go with the others.
+    """
+    held: list[tuple[int, int, Path]] = []
+    for path in folder.iterdir():
+        try:
+            about = path.stat()
+        except FileNotFoundError:
+            continue
+        held.append((about.st_mtime_ns, about.st_size, path))
+    total = sum(size for _, size, _ in held)
+    allowed, removed = min(limit_bytes, (total + shutil.disk_usage(folder).free) // 4), 0
+    for _, size, path in sorted(held):
+        if total <= allowed:
+            break
+        path.unlink(missing_ok=True)
+        total -= size
+        removed += 1
+    return removed

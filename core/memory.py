@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from pathlib import Path
 
 import psutil
@@ -52,6 +54,13 @@ def total_bytes() -> int:
     """Memory this process may use at most: the machine's, or the container's limit."""
     total, group = int(psutil.virtual_memory().total), _cgroup()
     return total if group is None else min(total, group[0])
+
+
+def return_freed_memory() -> None:
+    """Ask the C library to hand memory that was freed back to the system; it keeps much of it for itself otherwise."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def reset_peak() -> bool:

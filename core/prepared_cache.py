@@ -14,6 +14,7 @@ import torch
 
 from core import calibration
 from core.bundle import Bundle
+from core.digest import tensor_digest
 from core.errors import CalibrationError
 from core.files import cache_folder
 from core.progress import Progress, silent
@@ -29,8 +30,7 @@ def bundle_digest(bundle: Bundle) -> str:
     digest = hashlib.sha256(json.dumps([bundle.model.config.to_dict(), tokenizer.special_tokens_map, vocabulary], sort_keys=True, default=str).encode())
     for name, tensor in bundle.model.state_dict().items():
         if isinstance(tensor, torch.Tensor):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            digest.update(f"{name} {tensor_digest(tensor)}".encode())
     return digest.hexdigest()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from enum import Enum, IntEnum
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from core.architectures import refusal
 from core.bundle import Bundle
 from core.errors import CalibrationError, InvalidRequest, UnsupportedModel
+from core.files import replacing
 from core.progress import Progress, silent
 from core.reversible import Edits
 
@@ -76,9 +76,8 @@ class Prepared:
 
     def save(self, path: Path) -> None:
         """Write as safetensors, `meta` in the header; the old file stays whole until the new one is."""
-        fresh = path.with_name(path.name + ".new")
-        save_file({name: t.contiguous() for name, t in self.tensors.items()}, fresh, metadata={_MARK: "1", **self.meta})
-        os.replace(fresh, path)
+        with replacing(path) as fresh:
+            save_file({name: t.contiguous() for name, t in self.tensors.items()}, fresh, metadata={_MARK: "1", **self.meta})
 
     @classmethod
     def load(cls, path: Path) -> Prepared:
@@ -157,6 +156,11 @@ class Technique:
             if not isinstance(value, bool) and isinstance(value, (int, float)):  # forms send 4.0 for 4; one configuration, one spelling
                 object.__setattr__(self, item.name, _as_spelled(value, item.default))
             _check_value(self.name, item.name, getattr(self, item.name), item.metadata, item.default)
+
+    @property
+    def drops_originals(self) -> bool:
+        """Whether the weights that this technique replaces, and those that the ones before it did, shall leave memory."""
+        return False
 
     def check(self, bundle: Bundle) -> None:
         """Refuse a bundle this technique does not admit. Reads configurations only, so it takes milliseconds.

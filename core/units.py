@@ -20,6 +20,14 @@ def format_bytes(count: float | None) -> str:
     raise AssertionError("unreachable")
 
 
+def format_time_left(seconds: float) -> str:
+    """An estimate, no finer than it is good for: whole seconds, minutes, or hours and minutes."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
 def format_seconds(seconds: float | None) -> str:
     """`0.0123` -> `12.3 ms`, `75` -> `1 min 15 s`."""
     if seconds is None:

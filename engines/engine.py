@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from core.bundle import Bundle, ModelInfo, storage_bytes, tensors_of, weight_bytes
+from core.bundle import Bundle, ModelInfo, StorageWatch, storage_bytes, tensors_of, weight_bytes
 from core.compatibility import ordered
 from core.errors import InvalidRequest
 from core.memory import peak_resident_bytes, reset_peak
@@ -18,6 +18,7 @@ from core.technique import Applied, Label, Report, Technique
 from engines.generation import Finished, Prefilled, TokenDecoded, generate
 from engines.methods import method_name
 from engines.metrics import GIB, ChatMetrics, Timing, timing_metrics
+from engines.native.release import forget_originals, move_what_stays
 from engines.prompting import Message, Prompt, build_prompt, check_context
 from engines.sampling import Sampling
 from engines.text_stream import TextStream
@@ -133,17 +134,24 @@ def baseline_engine(bundle: Bundle) -> Engine:
     return Engine(bundle)
 
 
-def fused_engine(base: Bundle, techniques: Sequence[Technique], progress: Progress = silent, calibration: Sequence[str] | None = None) -> Engine:
+def fused_engine(base: Bundle, techniques: Sequence[Technique], progress: Progress = silent, calibration: Sequence[str] | None = None, *, in_place: bool = False) -> Engine:
     """A copy of `base` over the same tensors with techniques applied; `base` itself is left alone.
 
+    Where a technique drops originals, the copy holds none of them, nor any for undo. They leave memory when nobody else holds them.
+
     Args:
+        in_place: change `base` itself, which is given away: nobody else may use it. Then dropped originals leave memory now.
         calibration: texts that techniques calibrate on; the project's own when None.
 
     Raises:
         IncompatibleTechniques, UnsupportedModel: before anything is changed.
     """
     chain = ordered(techniques)
-    bundle = base.clone()
+    bundle = base if in_place else base.clone()
+    drops = any(t.drops_originals for t in chain)
+    if drops and in_place:
+        move_what_stays(bundle.model)
+    watch = StorageWatch(tensors_of([bundle.model])) if drops else None
     applied: list[Applied] = []
     try:
         for place, technique in enumerate(chain):
@@ -157,5 +165,7 @@ def fused_engine(base: Bundle, techniques: Sequence[Technique], progress: Progre
     if bundle.decoder is not None:
         for done in applied[:-1]:
             done.report = done.report.executed("executed: decode steps run it in the native runtime") if done.report.label is not Label.EXECUTED else done.report
+    if watch is not None and bundle.decoder is not None:
+        forget_originals(applied, bundle, watch)
     progress(1.0, "ready")
     return Engine(bundle, applied, chain)

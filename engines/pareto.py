@@ -171,7 +171,7 @@ def breaches(point: Point, limits: Limits) -> list[Breach]:
 
 def bits(value: float) -> str:
     """Bits per byte as text; a sign where quality rose."""
-    return f"{value:.4f} bits/byte"
+    return f"{round(value, 4) + 0.0:.4f} bits/byte"  # no minus before a zero
 
 
 def speed(value: float) -> str:
@@ -207,7 +207,7 @@ def _reasons(view: ModelView, chosen: Point, tied: Sequence[Point], among: str) 
     out = [f"Fastest of the {among}: {speed(spread.median)}{width}{beside}."]
     out.append(f"It takes {format_bytes(chosen.memory_bytes)} of weights and KV cache.")
     agreed = "" if chosen.agreement is None else f"; {format_percent(chosen.agreement)} of its tokens agree before the answers part"
-    out.append("It is the baseline, so nothing is lost." if chosen.method == BASELINE else f"It loses {bits(chosen.loss_bits_per_byte)} against the baseline{agreed}.")
+    out.append("It is the baseline, so nothing is lost." if chosen.method == BASELINE else f"It {'gains' if chosen.loss_bits_per_byte <= -0.00005 else 'loses'} {bits(abs(chosen.loss_bits_per_byte))} against the baseline{agreed}.")
     if len(tied) > 1:
         names = ", ".join(f"{p.method} ({speed(p.speed_tok_s)}, {bits(p.loss_bits_per_byte)}, {format_bytes(p.memory_bytes)})" for p in tied if p is not chosen)
         out.append(f"As fast within {SAME_SPEED:.0%}: {names}. Of these it loses least, and where that is equal takes the least memory.")

@@ -86,8 +86,11 @@ class EnginePool:
 
     def _build(self, key: EngineKey, techniques: tuple[Technique, ...], progress: Progress) -> Engine:
         base_key = EngineKey(key.model_id, key.revision, key.dtype, method_name(()))
+        texts = [key.calibration] if key.calibration else None
+        if self._find(base_key) is None and any(t.drops_originals for t in techniques):  # a baseline beside it would keep the originals
+            return self._add(key, fused_engine(self._load(base_key, progress), techniques, progress, texts, in_place=True))
         base = self._find(base_key) or self._add(base_key, baseline_engine(self._load(base_key, progress)))
-        return base if key == base_key else self._add(key, fused_engine(base.bundle, techniques, progress, [key.calibration] if key.calibration else None))
+        return base if key == base_key else self._add(key, fused_engine(base.bundle, techniques, progress, texts))
 
     def dtype_choice(self, model_id: str, *, revision: str | None = None, dtype: str = AUTO) -> DtypeChoice | None:
         """How the baseline's dtype was chosen; None when it was asked for, or the model is not loaded."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -32,12 +34,23 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features] in x's dtype. int8 codes are exact in bfloat16; their scales multiply the sums."""
         if self.kind != "int8":
-            return nn.functional.linear(x, unpack(self.packed).to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+            return nn.functional.linear(x, unpack(self.packed, x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         rows = x.reshape(1, -1, self.in_features)
         sums = torch.matmul(rows, self.packed.tiles.to(x.dtype)).transpose(0, 1).reshape(rows.shape[1], -1, TILE).flatten(1)
         out = sums[:, : self.out_features] * self.weight_scale[: self.out_features].to(x.dtype)  # type: ignore[index]
         out = out if self.bias is None else out + self.bias.to(x.dtype)
         return out.reshape(*x.shape[:-1], self.out_features)
+
+    @classmethod
+    def in_place_of(cls, layer: nn.Module, packed: PackedWeight) -> PackedLinear:
+        """A packed layer for where `layer` stands: it takes over the bias and what techniques have hung on it."""
+        new = cls(packed, layer.bias)  # type: ignore[arg-type]
+        new._forward_hooks = copy.copy(layer._forward_hooks)
+        new._forward_pre_hooks = copy.copy(layer._forward_pre_hooks)
+        new.train(layer.training)
+        for name, child in layer.named_children():
+            new.add_module(name, child)
+        return new
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, kind={self.kind}, group_size={self.group_size}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kernels.huge_pages import in_huge_pages
+from kernels.huge_pages import empty_in_huge_pages, in_huge_pages
 from kernels.structures import KIND_NUMBERS, Matrix, address
 
 TILE = 128
@@ -47,6 +47,12 @@ class PackedWeight:
         """The same weights, each input channel's in one piece: for reading some channels of a matrix larger than the caches."""
         return self if self.by_row else replace(self, data=in_huge_pages(self.data.transpose(0, 1).contiguous()), by_row=True)
 
+    def part(self, start: int, out_features: int) -> PackedWeight:
+        """The outputs from `start` on, a multiple of TILE, of a weight whose rows lie together; views, for torch only."""
+        tiles = slice(start // TILE, -(-(start + out_features) // TILE))
+        scale = None if self.scale is None else self.scale.view(self.data.shape[1], -1)[tiles].reshape(-1, *self.scale.shape[1:])
+        return replace(self, out_features=out_features, data=self.data[:, tiles], scale=scale)
+
     @property
     def tiles(self) -> Tensor:
         """`data` with tiles first, whatever lies together; a view."""
@@ -59,6 +65,7 @@ class PackedWeight:
 
     def matrix(self, bias: Tensor | None = None) -> Matrix:
         """For the C library; it points into these tensors and into `bias` [out_features] float32, which must outlive it."""
+        assert self.data.is_contiguous()
         return Matrix(KIND_NUMBERS[self.kind], self.in_features, self.out_features, self.group_size, self.by_row, address(self.data), address(self.scale), address(bias))
 
 
@@ -74,15 +81,6 @@ def side_by_side(weights: Sequence[PackedWeight]) -> PackedWeight:
     data = in_huge_pages(torch.cat([w.tiles.transpose(0, 1) for w in weights], 1))
     scale = None if first.scale is None else torch.cat([w.scale for w in weights])  # type: ignore[misc]
     return PackedWeight(first.kind, sum(-(-w.out_features // TILE) * TILE for w in weights), first.in_features, data, scale, first.group_size, True)
-
-
-def _tiles(weight: Tensor) -> Tensor:
-    """[out, in] -> [tiles, in, TILE], outputs beyond the last one zero."""
-    out, inside = weight.shape
-    tiles = -(-out // TILE)
-    padded = weight.new_zeros(tiles * TILE, inside)
-    padded[:out] = weight
-    return in_huge_pages(padded.reshape(tiles, TILE, inside).transpose(1, 2).contiguous())
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +111,7 @@ def quantize_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 
 
 def pack(weight: Tensor, kind: str, group_size: int = 64) -> PackedWeight:
-    """Pack a weight.
+    """Pack a weight, tile by tile: what is computed on the way then stays in the processor's cache.
 
     Args:
         weight: [out_features, in_features], any float dtype.
@@ -123,33 +121,63 @@ def pack(weight: Tensor, kind: str, group_size: int = 64) -> PackedWeight:
     Raises:
         ValueError: unknown kind, or a group size below 1.
     """
-    out, inside = weight.shape
-    if kind in ("float32", "bfloat16"):
-        return PackedWeight(kind, out, inside, _tiles(weight.detach().to(getattr(torch, kind))))
-    if kind == "int8":
-        codes, scale = quantize_int8(weight.detach())
-        return PackedWeight(kind, out, inside, _tiles(codes), torch.nn.functional.pad(scale, (0, -out % TILE)))
-    if kind != "int4" or group_size < 1:
+    if kind not in KINDS or group_size < 1:
         raise ValueError(f"kind is {kind!r} with groups of {group_size}; use one of {', '.join(KINDS)} and groups of 1 or more")
-    codes, scale = quantize_int4(weight.detach(), group_size)
-    nibbles = (_tiles(codes) + _MIDDLE).int().reshape(-1, inside, _NIBBLES, TILE // _NIBBLES)
-    data = nibbles[:, :, 0].clone()
-    for place in range(1, _NIBBLES):
-        data |= nibbles[:, :, place] << 4 * place
-    return PackedWeight(kind, out, inside, in_huge_pages(data), _tiles(scale), group_size)
+    out, inside = weight.shape
+    layout = packed_layout(out, inside, kind, group_size)
+    data = empty_in_huge_pages(layout["data"][1], layout["data"][0])
+    scale = torch.empty(layout["scale"][1], dtype=layout["scale"][0]) if "scale" in layout else None
+    scales = None if scale is None else scale.view(data.shape[0], -1, TILE)
+    for tile, rows in enumerate(weight.detach().split(TILE)):
+        codes, of_codes = _quantized(rows, kind, group_size)
+        codes = torch.nn.functional.pad(codes, (0, 0, 0, TILE - rows.shape[0])).T
+        data[tile] = _nibbles(codes) if kind == "int4" else codes
+        if scales is not None and of_codes is not None:
+            scales[tile] = torch.nn.functional.pad(of_codes, (0, 0, 0, TILE - rows.shape[0])).T
+    return PackedWeight(kind, out, inside, data, scale, group_size if kind == "int4" else 0)
 
 
-def unpack(packed: PackedWeight) -> Tensor:
-    """The weight [out_features, in_features] float32 that the kernel computes with: the reference of every packed form."""
+def _quantized(rows: Tensor, kind: str, group_size: int) -> tuple[Tensor, Tensor | None]:
+    """Codes, or floats, [out, in] and their scales [out, groups]."""
+    if kind == "int4":
+        return quantize_int4(rows, group_size)
+    if kind == "int8":
+        codes, scale = quantize_int8(rows)
+        return codes, scale[:, None]
+    return rows, None
+
+
+def _nibbles(codes: Tensor) -> Tensor:
+    """int4 codes [in, TILE] int8 -> [in, TILE / 8] int32."""
+    parts = (codes + _MIDDLE).int().reshape(-1, _NIBBLES, TILE // _NIBBLES).unbind(1)
+    words = parts[0].clone()
+    for place, part in enumerate(parts[1:], 1):
+        words |= part << 4 * place
+    return words
+
+
+def packed_layout(out_features: int, in_features: int, kind: str, group_size: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """dtype and shape of `data` and, for integers, `scale` of what `pack` makes of a weight."""
+    tiles = -(-out_features // TILE)
+    if kind in ("float32", "bfloat16"):
+        return {"data": (getattr(torch, kind), (tiles, in_features, TILE))}
+    if kind == "int8":
+        return {"data": (torch.int8, (tiles, in_features, TILE)), "scale": (torch.float32, (tiles * TILE,))}
+    return {"data": (torch.int32, (tiles, in_features, TILE // _NIBBLES)), "scale": (torch.bfloat16, (tiles, -(-in_features // group_size), TILE))}
+
+
+def unpack(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight [out_features, in_features] that the kernel computes with, rounded to `dtype`: the reference of every packed form."""
     data = packed.tiles
-    if packed.kind == "int4":
-        data = torch.cat([data >> 4 * place & 15 for place in range(_NIBBLES)], -1) - _MIDDLE
-    wide = data.float()
+    wide = torch.bfloat16 if dtype == torch.bfloat16 and packed.kind != "int8" else torch.float32  # codes times bfloat16 scales round the same in either
     if packed.kind == "int4":
         assert packed.scale is not None
-        wide = wide * packed.scale.float().repeat_interleave(packed.group_size, 1)[:, : packed.in_features]
-    flat = wide.transpose(1, 2).reshape(-1, packed.in_features)[: packed.out_features]
+        codes = torch.cat([data >> 4 * place & 15 for place in range(_NIBBLES)], -1) - _MIDDLE
+        values = codes.to(wide) * packed.scale.to(wide).repeat_interleave(packed.group_size, 1)[:, : packed.in_features]
+    else:
+        values = data if packed.kind == str(dtype).removeprefix("torch.") else data.to(wide)
+    flat = values.transpose(1, 2).reshape(-1, packed.in_features)[: packed.out_features]
     if packed.kind == "int8":
         assert packed.scale is not None
         flat = flat * packed.scale[: packed.out_features, None]
-    return flat.contiguous()
+    return flat.to(dtype).contiguous()

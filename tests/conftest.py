@@ -18,6 +18,12 @@ os.environ.update(
     GRADIO_ANALYTICS_ENABLED="False", HYPOTHESIS_STORAGE_DIRECTORY=os.path.join(_HOME, "hypothesis"),
 )
 
+import torch  # noqa: E402
+
+# Before transformers imports Triton, which reads this once: without a device kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import copy  # noqa: E402
 import random  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
@@ -25,7 +31,6 @@ from typing import Any  # noqa: E402
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
-import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from transformers import PreTrainedTokenizerBase  # noqa: E402
 

@@ -33,6 +33,10 @@ ROTATED = {torch.float32: 1e-4, torch.bfloat16: 0.25}
 """Largest move of a logit as a share of the logits' spread when weights are written in another basis: rounding of weights and residuals
 to 24 and 8 bits. fp32 moves 1e-5 of it; in the tiny random models, whose logits are sums of large terms, bf16 moves up to a tenth."""
 
+ROUNDED_ONCE = {("cuda", torch.float16): 2**-11, ("cuda", torch.bfloat16): 2**-8, ("cpu", torch.float16): 2**-11, ("cpu", torch.bfloat16): 2**-7}
+"""Relative distance of a sum that is rounded to 11 or 8 bits once: half a unit in the last place, and a whole one for bfloat16 in Triton's
+interpreter ("cpu"), which cuts off where a device rounds. float32's own sums: see SUM_ORDER."""
+
 NATIVE = Tolerance(1e-3, 0.0, "fp32 sums in C against torch's; the bound that the runtime promises. Seen: 3e-5")
 PEER_F16 = Tolerance(6e-2, 1e-2, "llama.cpp keeps weights and cache in fp16, 11 bits, and flash attention sums values in it; tiny models with random weights. Seen: 1.4e-2, 2.3e-2 with flash attention")
 PEER_INT8_COSINE = 0.99

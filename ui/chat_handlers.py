@@ -198,7 +198,7 @@ def chat_compare(services: Services, visitor: str, request: ChatRequest) -> dict
     Raises:
         FuseboxError: the request as a whole is unusable.
     """
-    with services.api_stop(visitor) as stop:
+    with services.visitor_stop(visitor) as stop:
         result = result_of(*collect(services.chat.stream(request, stop)))
     return {
         column: {"error": result.errors[column]} if column in result.errors else {"text": result.response[column], "metrics": dict(result.metrics[column])}

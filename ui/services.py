@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from core.loading import embedded_models
 from core.progress import Stop
 from engines.chat import ChatService
+from engines.compare.jobs import CompareJobs
+from engines.compare.service import CompareService
+from engines.gate import DeviceGate
 from engines.pool import EnginePool
 from engines.sessions import SessionRegistry
 
@@ -23,26 +26,33 @@ def on_space() -> bool:
 class Services:
     """Engines and visitors. One instance an app."""
 
-    api_stops: dict[str, set[Stop]] = field(default_factory=dict)
-    chat: ChatService = field(default_factory=lambda: ChatService(EnginePool(allow_local=not on_space())))
+    pool: EnginePool = field(default_factory=lambda: EnginePool(allow_local=not on_space()))
+    gate: DeviceGate = field(default_factory=DeviceGate)
     sessions: SessionRegistry = field(default_factory=SessionRegistry)
+    chat: ChatService = field(init=False)
+    jobs: CompareJobs = field(init=False)
+    _stops: dict[str, set[Stop]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.chat = ChatService(self.pool, self.gate)
+        self.jobs = CompareJobs(CompareService(self.pool, self.gate))
 
     @contextmanager
-    def api_stop(self, visitor: str) -> Iterator[Stop]:
-        """A stop flag for one API call, raised when its client leaves."""
+    def visitor_stop(self, visitor: str) -> Iterator[Stop]:
+        """A stop flag for something that runs for a visitor, raised when they leave."""
         stop = Stop()
-        self.api_stops.setdefault(visitor, set()).add(stop)
+        self._stops.setdefault(visitor, set()).add(stop)
         try:
             yield stop
         finally:
-            stops = self.api_stops.get(visitor, set())
+            stops = self._stops.get(visitor, set())
             stops.discard(stop)
             if not stops:
-                self.api_stops.pop(visitor, None)
+                self._stops.pop(visitor, None)
 
     def leave(self, visitor: str) -> None:
         """A visitor's tab was closed or a client went away: stop what runs for them and forget them."""
-        for stop in list(self.api_stops.get(visitor, ())):
+        for stop in list(self._stops.get(visitor, ())):
             stop.request()
         self.sessions.unload(visitor)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -17,8 +16,9 @@ from core.errors import UnsupportedModel
 from core.linear_layers import is_plain_linear, linear_weight
 from core.reversible import Edits
 from core.technique import Effect, Label, Prepared, Report, Stage, Technique, option
+from kernels.kept_packings import KeptPackings
 from kernels.packed_linear import PackedLinear
-from kernels.packing import PackedWeight, pack
+from kernels.packing import PackedWeight
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,16 @@ class _Packed(Technique):
         skipped.update((path, f"beyond the first {self.share:.0%} of layers") for path, _, _ in plain[len(chosen) :])
         before = storage_bytes(tensors_of(layer for _, layer, _ in chosen))
         packed = []
-        for path, layer, is_head in chosen:
-            if is_head and getattr(bundle.model.config, "tie_word_embeddings", False):
-                edits.set_attr(bundle.model.config, "tie_word_embeddings", False)  # else loading and saving would tie the head again
-            new = packed_layer(layer, self.pack_head(layer) if is_head else self.pack_layer(layer))
-            edits.swap_module(bundle.model, path, new)
-            packed.append(new)
+        with KeptPackings() as kept:
+            for path, layer, is_head in chosen:
+                if is_head and getattr(bundle.model.config, "tie_word_embeddings", False):
+                    edits.set_attr(bundle.model.config, "tie_word_embeddings", False)  # else loading and saving would tie the head again
+                new = PackedLinear.in_place_of(layer, self.pack_head(layer, kept) if is_head else self.pack_layer(layer, kept))
+                edits.swap_module(bundle.model, path, new)
+                packed.append(new)
         if not self.head:
             skipped["output head"] = "left as it is; the option head packs it in int8"
-        notes = ("the prompt is read by unpacking tile by tile; decode reads the packed weights where the native runtime is on",)
+        notes = ("the prompt is read by unpacking tile by tile; decode reads the packed weights where the native runtime is on", *filter(None, [kept.note()]))
         return Report(self.name, Label.STORED, tuple(p for p, _, _ in chosen), skipped, sum(before.values()), sum(storage_bytes(tensors_of(packed)).values()), notes), tuple(packed)
 
     def _layers(self, bundle: Bundle) -> Iterator[tuple[str, nn.Module, bool]]:
@@ -69,23 +70,12 @@ class _Packed(Technique):
             yield next(path for path, module in bundle.model.named_modules() if module is head), head, True
 
     @abstractmethod
-    def pack_layer(self, layer: nn.Module) -> PackedWeight:
+    def pack_layer(self, layer: nn.Module, kept: KeptPackings) -> PackedWeight:
         """A layer's weight, packed."""
 
-    def pack_head(self, layer: nn.Module) -> PackedWeight:
+    def pack_head(self, layer: nn.Module, kept: KeptPackings) -> PackedWeight:
         """The output head's weight: int8, whatever the others are."""
-        return pack(linear_weight(layer)[0], "int8")
-
-
-def packed_layer(layer: nn.Module, packed: PackedWeight) -> PackedLinear:
-    """A packed layer in the place of `layer`: it takes over the bias and what other techniques have hung on it."""
-    new = PackedLinear(packed, linear_weight(layer)[1])
-    new._forward_hooks = copy.copy(layer._forward_hooks)
-    new._forward_pre_hooks = copy.copy(layer._forward_pre_hooks)
-    new.train(layer.training)
-    for name, child in layer.named_children():
-        new.add_module(name, child)
-    return new
+        return kept.pack(linear_weight(layer)[0], "int8")
 
 
 @dataclass(frozen=True)
@@ -99,9 +89,9 @@ class Int8(_Packed):
     title: ClassVar[str] = "int8 weights"
     summary: ClassVar[str] = "Weights as 8-bit integers with one scale for each output; inputs stay in floating point."
 
-    def pack_layer(self, layer: nn.Module) -> PackedWeight:
+    def pack_layer(self, layer: nn.Module, kept: KeptPackings) -> PackedWeight:
         """In int8."""
-        return pack(linear_weight(layer)[0], "int8")
+        return kept.pack(linear_weight(layer)[0], "int8")
 
 
 @dataclass(frozen=True)
@@ -117,6 +107,6 @@ class Int4(_Packed):
 
     group_size: int = option(64, "Input channels that share a scale", choices=(32, 64, 128))
 
-    def pack_layer(self, layer: nn.Module) -> PackedWeight:
+    def pack_layer(self, layer: nn.Module, kept: KeptPackings) -> PackedWeight:
         """In int4."""
-        return pack(linear_weight(layer)[0], "int4", self.group_size)
+        return kept.pack(linear_weight(layer)[0], "int4", self.group_size)

@@ -8,6 +8,13 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class Started:
+    """The first event: the record before anything ran; cells are pending, or those that an earlier run finished."""
+
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class CellStarted:
     """A method begins to answer a query; `model` and `method` are spelled as in the record."""
 
@@ -19,10 +26,7 @@ class CellStarted:
 
 @dataclass(frozen=True)
 class CellDone:
-    """A cell of the record, answered, failed or cancelled; sent again when its quality figures have been added.
-
-    Cells that an earlier run finished are sent at the start.
-    """
+    """A cell of the record, answered, failed or cancelled; sent again when its quality figures have been added."""
 
     cell: Mapping[str, Any]
 
@@ -50,4 +54,4 @@ class Failed:
     words: str
 
 
-CompareEvent = CellStarted | CellDone | Progress | Finished | Failed
+CompareEvent = Started | CellStarted | CellDone | Progress | Finished | Failed

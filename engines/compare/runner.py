@@ -52,8 +52,6 @@ class Runner:
         Raises:
             InvalidRequest: a model is no longer the one that earlier cells were measured on.
         """
-        for key in self.comparison.cells:
-            self.emit(CellDone(public_cell(self.comparison, key)))
         try:
             for model in range(len(self.request.models)):
                 rounds = [r for r in self.comparison.rounds(model) if not all(map(self.comparison.finished, r.cells))]

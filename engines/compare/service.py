@@ -11,7 +11,7 @@ from dataclasses import replace
 from core.progress import Stop
 from core.provenance import provenance
 from engines.compare.comparison import Comparison
-from engines.compare.events import CompareEvent, Failed, Finished, Progress
+from engines.compare.events import CompareEvent, Failed, Finished, Progress, Started
 from engines.compare.folder import RunFolder
 from engines.compare.record import compare_record
 from engines.compare.request import CompareRequest, checked_request
@@ -76,6 +76,7 @@ class CompareService:
             thread.join()
 
     def _run(self, comparison: Comparison, folder: RunFolder | None, stop: Stop, events: queue.Queue[CompareEvent | None]) -> CompareEvent:
+        events.put(Started(compare_record(comparison)))
         Runner(self.pool, self.gate, comparison, folder, stop, events.put).run()
         record = compare_record(comparison)
         if folder is not None:

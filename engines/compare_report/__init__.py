@@ -12,7 +12,8 @@ from engines.compare_report.svg import inline_svg
 from engines.compare_report.tables import cross_table
 from engines.compare_view import ModelView, Record, model_views
 
-_CSS = Path(__file__).resolve().parents[2] / "assets" / "report.css"
+_ASSETS = Path(__file__).resolve().parents[2] / "assets"
+_CSS = (_ASSETS / "report.css", _ASSETS / "comparison.css")
 # Nothing may be fetched or run, whatever an answer holds.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
@@ -26,10 +27,11 @@ def report_html(record: Record) -> str:
         body.append(_across(views))
     body += [model_section(v, a) for v, a in zip(views, anchors, strict=True)]
     body += [labels_section(record), settings_section(record)]
+    css = "".join(path.read_text(encoding="utf-8") for path in _CSS)
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}"><meta name="color-scheme" content="light dark"><title>Comparison of methods</title>'
-        f"<style>{_CSS.read_text(encoding='utf-8')}</style></head><body><main>{''.join(body)}</main></body></html>\n"
+        f"<style>{css}</style></head><body><main class='comparison'>{''.join(body)}</main></body></html>\n"
     )
 
 

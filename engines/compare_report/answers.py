@@ -17,13 +17,17 @@ LEGEND = "<p class=\"note\"><del>only in the baseline's answer</del> <ins>not in
 
 def answers_section(view: ModelView) -> str:
     """Each query with the answers to it, grouped by what they say; the first is open."""
-    styles = method_styles(view.methods)
     blocks = [
         f'<details class="query"{" open" if place == 0 else ""}><summary>{text(_short(query))}</summary>{_question(query)}'
-        f'<div class="cards">{"".join(_cards(view, str(query.get("id")), styles))}</div></details>'
+        f"{answer_cards(view, str(query.get('id')))}</details>"
         for place, query in enumerate(view.queries)
     ]
     return LEGEND + "".join(blocks)
+
+
+def answer_cards(view: ModelView, query: str) -> str:
+    """The answers to one query side by side, each marked against the baseline's; methods that said the same share a card."""
+    return f'<div class="cards">{"".join(_cards(view, query, method_styles(view.methods)))}</div>'
 
 
 def _short(query: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ from engines.native.program import (
     Rows,
 )
 from kernels.kv_memory.layout import KVLayout
-from kernels.packing import BLOCK, TILE, side_by_side
+from kernels.packing import BLOCK, TILE, PackedWeight, side_by_side
 from kernels.structures import GROUP, address, kind_of
 from optim.larosa.modules import ResidualAdapter, Site, TokenPosition
 from optim.larosa.structure import Structure
@@ -53,6 +53,8 @@ class Compiled:
     weights: nn.Module
     sites: tuple[Site, ...]
     """In the order of `program.kept_rows()`."""
+    read: Mapping[str, PackedWeight]
+    """By a layer's path, the weight that the program reads in its place."""
 
 
 class Weights(nn.Module):
@@ -93,13 +95,14 @@ class _Compiler:
         self.sites: list[Site] = []
         self.beyond_cache = _weight_bytes(model) > last_level_cache_bytes()
         self.rotated: dict[Buffer, Buffer] = {}
+        self.read: dict[str, PackedWeight] = {}
 
     def compile(self) -> Compiled:
         """The whole program."""
         blocks = self.structure.blocks
         qkv_width = (self.heads + 2 * self.key_heads) * self.head_dim
         middle = max(_out_features(block.get_submodule(name)) for block in blocks for name in self.architecture.mlp_in)
-        head = linear_part(self.model.get_output_embeddings(), "the output head")
+        head = linear_part(self.model.get_output_embeddings(), _path_of_head(self.model))
         self.program = program = Program(max(self.width, qkv_width, middle, self.heads * self.head_dim), len(blocks), head.weight.out_features, self.threads)
         self.stream, self.other = program.shared(self.width), program.shared(self.width)
         self.qkv, self.attended = program.shared(qkv_width), program.shared(self.heads * self.head_dim)
@@ -115,7 +118,7 @@ class _Compiler:
         known = {t.data_ptr() for t in (*self.model.parameters(), *self.model.buffers())}
         layout = KVLayout(self.key_heads, self.key_heads, self.head_dim, self._dtype())
         loaded = program.finish(GROUP * self.context)
-        return Compiled(loaded, (layout,) * len(blocks), Weights([t for t in kept.values() if t.data_ptr() not in known]), tuple(self.sites))
+        return Compiled(loaded, (layout,) * len(blocks), Weights([t for t in kept.values() if t.data_ptr() not in known]), tuple(self.sites), self.read)
 
     def _dtype(self) -> torch.dtype:
         return self.model.get_input_embeddings().weight.dtype  # type: ignore[union-attr,return-value]
@@ -202,10 +205,12 @@ class _Compiler:
             weight = parts[0].weight
         else:
             self.program.multiply([Product(p.weight, p.bias, source, at, rows, add, factor) for p, at in zip(parts, to, strict=True)])
+            self.read.update({p.path: p.weight for p in parts})
             return
         outputs, start = [], 0
         for part, at, pieces in zip(parts, to, heads, strict=True):
             scale = part.weight.scale if part.weight.kind == "int8" else None
+            self.read[part.path] = weight.part(start, part.weight.out_features) if weight.by_row else weight
             outputs.append(Output(at, part.weight.out_features, start, scale, part.bias, pieces, add, factor))
             start += _whole_tiles(part.weight.out_features)
         self.program.multiply_in_parts(weight, source, rows, self.sums, outputs)
@@ -283,8 +288,14 @@ class _Compiler:
             norm = getattr(self.structure.decoder, self.architecture.final_norm.rpartition(".")[2], None)
             if norm is not None:
                 source = self._normalise(norm_part(norm, "the final norm"), self.normed, "the final norm")
+        self.read[head.path] = head.weight
         factor = 1.0 / float(getattr(self.config, "logits_scaling", 1.0) or 1.0)
         self.program.multiply([Product(head.weight, head.bias, source, self.program.logits, factor=factor)])
+
+
+def _path_of_head(model: PreTrainedModel) -> str:
+    head = model.get_output_embeddings()
+    return next((path for path, module in model.named_modules() if module is head), "the output head")
 
 
 def _whole_tiles(size: int) -> int:

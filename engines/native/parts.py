@@ -21,10 +21,11 @@ class NotNative(Exception):
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer ready for the kernels; bias float32."""
+    """A linear layer ready for the kernels; bias float32. path: where it stands in the model, in words where it is no layer of it."""
 
     weight: PackedWeight
     bias: Tensor | None
+    path: str
 
 
 def linear_part(layer: nn.Module, path: str) -> Linear:
@@ -34,13 +35,13 @@ def linear_part(layer: nn.Module, path: str) -> Linear:
         NotNative: quantised by another library, adapted, hooked, or in a dtype that the kernels do not read.
     """
     if isinstance(layer, PackedLinear):
-        return Linear(layer.packed, None if layer.bias is None else layer.bias.float())
+        return Linear(layer.packed, None if layer.bias is None else layer.bias.float(), path)
     if not is_plain_linear(layer):
         raise NotNative(f"{path} is a {type(layer).__module__.split('.')[0]}.{type(layer).__name__}")
     weight, bias = linear_weight(layer)
     if weight.dtype not in (torch.float32, torch.bfloat16):
         raise NotNative(f"{path} is in {weight.dtype}")
-    return Linear(pack(weight, str(weight.dtype).removeprefix("torch.")), None if bias is None else bias.float().contiguous())
+    return Linear(pack(weight, str(weight.dtype).removeprefix("torch.")), None if bias is None else bias.float().contiguous(), path)
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,17 @@ from torch import nn
 
 from core.bundle import Bundle, storage_bytes, tensors_of
 from core.reversible import Edits
-from core.technique import SIMULATED_NOTE, Effect, Label, Prepared, Report, Stage, Technique
+from core.source_weights import SourceWeights
+from core.technique import SIMULATED_NOTE, Effect, Label, Prepared, Report, Stage, Technique, option
 from engines.native.compiler import compile_program
 from engines.native.decoder import NativeDecoder
 from engines.native.parts import NotNative
+from engines.native.release import replace_and_release
 from kernels.build import native
 from kernels.kv_memory.cache import growing_cache
 from optim.vattention.technique import reserved_cache
 
+_PURPOSE = "native with keep=drop"
 LONGEST = 32_768
 """Tokens that a program is compiled for at most: its tables of rotary positions grow with it."""
 
@@ -31,6 +34,10 @@ class NativeRuntime(Technique):
     and executes what they only simulate or store: dropped activations are not multiplied, packed weights are read packed.
     Results differ from torch's by rounding. A model with a part that has no native counterpart, or a machine without a C compiler,
     decodes in torch as before; the report says why.
+
+    keep="drop" lets go of the weights that the program has packed copies of; torch then reads prompts from the copies. In an engine nothing
+    is kept, since engines are never undone. Outside of one, undo reads them from the model's files again, bit for bit, and what other techniques
+    have made of them, which no file holds, stays. A model without files is refused.
     """
 
     name: ClassVar[str] = "native"
@@ -41,9 +48,27 @@ class NativeRuntime(Technique):
     counter: ClassVar[str] = "native_steps"
     neutral_is_rounded: ClassVar[bool] = True
 
+    keep: str = option("originals", "originals: undo at once; drop: weights that decode reads packed leave memory", choices=("originals", "drop"))
+
+    @property
+    def drops_originals(self) -> bool:
+        """Whether `keep` says so."""
+        return self.keep == "drop"
+
+    def check(self, bundle: Bundle) -> None:
+        """Refuses, with keep="drop", a model whose weights are in no file.
+
+        Raises:
+            UnsupportedModel: with the reason.
+        """
+        super().check(bundle)
+        if self.drops_originals and bundle.info.source != "hub":  # the hub's files are looked up when they are needed: that may take a request
+            SourceWeights(bundle.info, _PURPOSE)
+
     def _apply(self, bundle: Bundle, prepared: Prepared, edits: Edits) -> tuple[Report, tuple[nn.Module, ...]]:
         library = native()
         context = min(bundle.context_length, LONGEST)
+        source = SourceWeights(bundle.info, _PURPOSE) if self.drops_originals else None
         try:
             if library.library is None:
                 raise NotNative(library.reason)
@@ -58,8 +83,11 @@ class NativeRuntime(Technique):
             edits.set_attr(bundle, "cache_factory", partial(growing_cache, compiled.layouts))
             touched.append("cache_factory")
         cost = sum(storage_bytes(tensors_of([compiled.weights])).values())
-        notes = (
-            f"{len(compiled.program.program.operations)} operations a step on {compiled.program.threads} threads, context {context:,} tokens",
-            "prompts are read by torch from the original weights; the packed copy of unquantised ones is counted in weights in use",
-        )
-        return Report(self.name, Label.EXECUTED, tuple(touched), {"prefill": "runs in torch"}, 0, cost, notes), ()
+        before, read_from = 0, "prompts are read by torch from the original weights; the packed copy of unquantised ones is counted in weights in use"
+        released: tuple[str, ...] = ()
+        if source is not None:
+            paths, before, note = replace_and_release(bundle, compiled, source, edits)
+            touched.extend(paths)
+            read_from, released = "prompts are read by torch from the packed weights", (note,)
+        notes = (f"{len(compiled.program.program.operations)} operations a step on {compiled.program.threads} threads, context {context:,} tokens", read_from, *released)
+        return Report(self.name, Label.EXECUTED, tuple(touched), {"prefill": "runs in torch"}, before, cost, notes), ()

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from core.errors import InvalidRequest
 from kernels.kv_memory.layout import KVLayout
-from kernels.kv_memory.storage import GrowingStorage, ReservedStorage, Storage
+from kernels.kv_memory.storage import CPU, GrowingStorage, ReservedStorage, Storage
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,9 @@ class ReservationPool:
     Source: vAttention, section 6.2 (deferred reclamation). `keep_bytes` of committed memory wait at most; pages beyond are given back.
     """
 
-    def __init__(self, layouts: Sequence[KVLayout], context: int, keep_bytes: int = 256 * 2**20) -> None:
+    def __init__(self, layouts: Sequence[KVLayout], context: int, keep_bytes: int = 256 * 2**20, device: torch.device = CPU) -> None:
         self.layouts, self.context, self.keep_bytes = tuple(layouts), context, keep_bytes
+        self.device = device
         self._free: list[list[ReservedStorage]] = []
 
     def cache(self) -> TokenMajorCache:
@@ -167,7 +168,7 @@ class ReservationPool:
         Raises:
             OutOfMemory: the reservation is refused.
         """
-        storages = self._free.pop() if self._free else [ReservedStorage(layout, self.context) for layout in self.layouts]
+        storages = self._free.pop() if self._free else [ReservedStorage(layout, self.context, self.device) for layout in self.layouts]
         for storage in storages:
             storage.waited_pages = 0
         made = TokenMajorCache(storages, self.context)

@@ -11,6 +11,7 @@ import queue
 import sys
 import threading
 import weakref
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -52,6 +53,8 @@ class Region:
     Raises:
         OutOfMemory: the reservation is larger than what the system grants.
     """
+
+    page_group = PAGE_GROUP
 
     def __init__(self, size: int) -> None:
         assert _LIBC is not None
@@ -117,16 +120,23 @@ class Region:
         return flat[:count].view(shape)
 
 
+class Committable(Protocol):
+    """A region of any kind of memory, as the committer sees it."""
+
+    def commit_to(self, size: int) -> int:
+        """See Region."""
+
+
 class Committer:
     """A thread that commits page groups before they are needed."""
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[tuple[Region, int]] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Committable, int]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self.pages = 0
         """Pages committed by this thread, whose faults no decode step waited for."""
 
-    def commit_soon(self, region: Region, size: int) -> None:
+    def commit_soon(self, region: Committable, size: int) -> None:
         """Ask for `region` to be committed up to `size` bytes."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="kv-commits", daemon=True)

@@ -7,8 +7,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from core.errors import MissingDependency
+from kernels.kv_memory.cuda_region import CudaRegion, cuda_driver
 from kernels.kv_memory.layout import KVLayout, token_bytes
-from kernels.kv_memory.region import COMMITTER, PAGE_GROUP, Region
+from kernels.kv_memory.region import COMMITTER, Region
+
+CPU = torch.device("cpu")
 
 
 class Storage(Protocol):
@@ -58,16 +62,30 @@ class GrowingStorage:
     reserved_bytes = committed_bytes
 
 
+def make_region(size: int, device: torch.device) -> Region | CudaRegion:
+    """A region of the kind of memory that the device reads.
+
+    Raises:
+        OutOfMemory: the reservation is refused. MissingDependency: no CUDA driver.
+    """
+    if device.type == "cpu":
+        return Region(size)
+    driver = cuda_driver(device)
+    if driver is None:
+        raise MissingDependency(f"Memory of {device} can be reserved by the CUDA driver (libcuda.so.1) only, and there is none here.")
+    return CudaRegion(size, driver)
+
+
 class ReservedStorage:
     """One reservation for each part, as long as the context; page groups are committed as tokens come. Nothing is ever copied.
 
     Source: vAttention (arXiv 2405.04437), section 5.
     """
 
-    def __init__(self, layout: KVLayout, context: int) -> None:
+    def __init__(self, layout: KVLayout, context: int, device: torch.device = CPU) -> None:
         self.layout, self.context = layout, context
         self._token = {name: token_bytes(shape, dtype) for name, (shape, dtype) in layout.parts().items()}
-        self.regions = {name: Region(context * size) for name, size in self._token.items()}
+        self.regions = {name: make_region(context * size, device) for name, size in self._token.items()}
         self.tensors = {name: self.regions[name].tensor((context, *shape), dtype) for name, (shape, dtype) in layout.parts().items()}
         self.waited_pages = 0
         """Pages that a step had to wait for."""
@@ -78,8 +96,8 @@ class ReservedStorage:
             need = tokens * self._token[name]
             if need > region.committed:
                 self.waited_pages += region.commit_to(need)
-            if need + PAGE_GROUP > region.committed and region.committed < region.size:
-                COMMITTER.commit_soon(region, need + PAGE_GROUP)
+            if need + region.page_group > region.committed and region.committed < region.size:
+                COMMITTER.commit_soon(region, need + region.page_group)
         return self.ready
 
     @property

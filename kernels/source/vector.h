@@ -50,12 +50,31 @@ INLINE float one_bf16(const uint16_t *p) {
     return v;
 }
 
+INLINE f32x16 choose(i32x16 where, f32x16 yes, f32x16 no) { return as_f32((u32x16)((as_u32(yes) & (u32x16)where) | (as_u32(no) & ~(u32x16)where))); }
+
 /* Round to nearest even, as torch does; NaN stays NaN. */
 INLINE uint16_t to_bf16(float v) {
     uint32_t bits;
     memcpy(&bits, &v, sizeof bits);
     if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
     return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+/* The same for sixteen. */
+INLINE void store_bf16(uint16_t *p, f32x16 v) {
+#ifdef __AVX512BF16__
+    __m256bh rounded = _mm512_cvtneps_pbh((__m512)v); /* what float holds below 1e-38 becomes zero */
+    memcpy(p, &rounded, sizeof rounded);
+#else
+    u32x16 bits = as_u32(v), rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    rounded = as_u32(choose(v == v, as_f32(rounded), as_f32((u32x16){0} + 0x7fc0u)));
+#ifdef __AVX512F__
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16((__m512i)rounded));
+#else
+    u16x16 half = __builtin_convertvector(rounded, u16x16);
+    memcpy(p, &half, sizeof half);
+#endif
+#endif
 }
 
 INLINE float sum_of(f32x16 v) {
@@ -68,7 +87,6 @@ INLINE float sum_of(f32x16 v) {
 #endif
 }
 
-INLINE f32x16 choose(i32x16 where, f32x16 yes, f32x16 no) { return as_f32((u32x16)((as_u32(yes) & (u32x16)where) | (as_u32(no) & ~(u32x16)where))); }
 INLINE f32x16 highest(f32x16 a, f32x16 b) { return choose(a > b, a, b); }
 INLINE f32x16 lowest(f32x16 a, f32x16 b) { return choose(a < b, a, b); }
 

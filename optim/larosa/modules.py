@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache
 
 from core.phase import is_prompt
+from kernels.cuda.executor import SparseExecutor
 from optim.larosa.ops import keep_above, keep_largest
+
+if TYPE_CHECKING:  # needs Triton
+    from kernels.cuda.selection import Selection
 
 
 class TokenPosition(threading.local):
@@ -35,7 +39,14 @@ class Site(nn.Module):
     weights: weight entries of the layers that read here.
     prefill: also drop while the prompt is read; else it stays dense.
     exempt: this many first positions of a text stay dense, whatever the call. Padding on the left counts as positions.
+    readers: paths of the layers that read here.
+    executor: chooses single tokens' entries in a form that readers can leave weights out by; None: zeros are all there is.
     """
+
+    executor: SparseExecutor | None = None
+    readers: tuple[str, ...] = ()
+    selection: Selection | None = None
+    """What the last call chose, while it was one token and there was an executor."""
 
     def __init__(self, kind: str, width: int, weights: int, position: TokenPosition, *, prefill: bool, exempt: int) -> None:
         super().__init__()
@@ -48,17 +59,29 @@ class Site(nn.Module):
         """`x` [..., width] with entries of each row set to zero."""
         raise NotImplementedError
 
+    def select(self, x: Tensor, executor: SparseExecutor) -> Selection:
+        """`drop` of one token, by an executor."""
+        raise NotImplementedError
+
     def forward(self, x: Tensor) -> Tensor:
         """`x` [B, T, width] with the rows that are not exempt sparsified."""
+        self.selection = None
         tokens = x.shape[-2]
         dense = max(0, self.exempt - self.position.start)
         if dense >= tokens or (not self.prefill and is_prompt(tokens)):
             return x
-        out = self.drop(x) if dense == 0 else torch.cat([x[..., :dense, :], self.drop(x[..., dense:, :])], dim=-2)
+        if self.executor is not None and x.numel() == self.width and dense == 0:
+            self.selection = self.select(x.contiguous(), self.executor)
+            out = self.selection.kept
+        else:
+            out = self._drop_after(x, dense)
         if self.counting:
             self.rows += out[..., dense:, 0].numel()
             self.kept += int(out[..., dense:, :].count_nonzero())
         return out
+
+    def _drop_after(self, x: Tensor, dense: int) -> Tensor:
+        return self.drop(x) if dense == 0 else torch.cat([x[..., :dense, :], self.drop(x[..., dense:, :])], dim=-2)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Forward hook of a norm whose output the layers read."""
@@ -88,6 +111,10 @@ class TopKSite(Site):
         """Top-K per token."""
         return keep_largest(x, self.keep)
 
+    def select(self, x: Tensor, executor: SparseExecutor) -> Selection:
+        """The same; of equal entries the first."""
+        return executor.largest(x, self.keep)
+
 
 class ThresholdSite(Site):
     """Keeps entries above a threshold found in calibration."""
@@ -98,6 +125,10 @@ class ThresholdSite(Site):
         """Magnitude threshold, another number of entries for each token."""
         return keep_above(x, self.threshold)
 
+    def select(self, x: Tensor, executor: SparseExecutor) -> Selection:
+        """The same."""
+        return executor.above(x, self.threshold)
+
 
 class ExactZeroSite(Site):
     """Drops nothing: a ReLU before it leaves exact zeros, whose weights are not needed without any loss."""
@@ -105,6 +136,10 @@ class ExactZeroSite(Site):
     def drop(self, x: Tensor) -> Tensor:
         """As it is."""
         return x
+
+    def select(self, x: Tensor, executor: SparseExecutor) -> Selection:
+        """What is not zero."""
+        return executor.nonzero(x)
 
 
 class PlainNorm(nn.Module):

@@ -35,6 +35,7 @@ def install_sites(structure: Structure, rule: type[Site], edits: Edits, *, prefi
         width = weight_count(layers[-1]) // _outputs(layers[-1])
         site = use(kind, width, sum(weight_count(layer) for layer in layers), position, prefill=prefill, exempt=exempt)
         module = block.get_submodule(name)
+        site.readers = tuple(structure.path(index, reader) for reader in readers)
         site.train(module.training)
         edits.set_attr(module, "activation_site", site)
         edits.add_hook(module.register_forward_hook if behind else module.register_forward_pre_hook, site.after if behind else site.before)

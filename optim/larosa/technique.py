@@ -16,9 +16,11 @@ from core.errors import CalibrationError, UnsupportedModel
 from core.progress import Progress, silent
 from core.reversible import Edits
 from core.technique import SIMULATED_NOTE, Effect, Label, Prepared, Report, Stage, Technique, option
+from kernels.cuda.executor import NoExecutor, sparse_executor
 from optim.larosa.absorption import absorb_rotations, rotate_inputs
 from optim.larosa.allocation import search_multipliers
 from optim.larosa.calibration import collect_magnitudes, collect_moments
+from optim.larosa.executed import install_readers, refusal
 from optim.larosa.modules import Site, ThresholdSite, TopKSite
 from optim.larosa.ops import rotation_of
 from optim.larosa.sites import HIGHEST, byte_shares, install_sites, kept_share, set_sparsity
@@ -139,7 +141,7 @@ class LaRoSA(Technique):
     def _apply(self, bundle: Bundle, prepared: Prepared, edits: Edits) -> tuple[Report, tuple[nn.Module, ...]]:
         structure = structure_of(bundle.model, self.title)
         tensors, multipliers = dict(prepared.tensors), json.loads(prepared.meta["multipliers"])
-        before = _weight_bytes(structure)
+        before, shared = _weight_bytes(structure), {id(parameter) for parameter in bundle.model.parameters()}
         sites, touched = self._install(structure, tensors, edits)
         asked = self.sparsity * HIGHEST / _cats_reach(structure) if self.variant == "cats" else self.sparsity
         wanted = set_sparsity(sites, asked, multipliers, _quantiles(tensors))
@@ -149,9 +151,20 @@ class LaRoSA(Technique):
             f"{rule} {', '.join(f'{share:.1%} of {kind} inputs' for kind, share in shares.items())}",
             f"bytes guarded: {', '.join(f'{kind} {share:.0%}' for kind, share in byte_shares(sites).items())}",
             "prompt and answer" if self.prefill else f"answer tokens only, the prompt and the first {self.exempt} positions stay dense",
-            f"{SIMULATED_NOTE} entries are set to zero and every weight is still read; the native runtime leaves the weights out",
         )
-        return Report(self.name, Label.SIMULATED, tuple(touched), {"output head": "never sparsified"}, before, _weight_bytes(structure), notes), ()
+        label, note, swapped = self._execute(bundle, structure, sites, shared, edits)
+        touched = list(dict.fromkeys([*touched, *swapped]))
+        return Report(self.name, label, tuple(touched), {"output head": "never sparsified"}, before, _weight_bytes(structure), (*notes, note)), ()
+
+    def _execute(self, bundle: Bundle, structure: Structure, sites: Sequence[Site], shared: set[int], edits: Edits) -> tuple[Label, str, list[str]]:
+        """On CUDA, let the readers leave weights out; the label, its note and the paths of the readers."""
+        executor = sparse_executor(bundle.device.type, bundle.device)
+        reason = executor.reason if isinstance(executor, NoExecutor) else refusal(structure, sites, executor)
+        if isinstance(executor, NoExecutor) or reason is not None:
+            return Label.SIMULATED, f"{SIMULATED_NOTE} entries are set to zero and every weight is still read; {reason or 'the native runtime leaves the weights out'}", []
+        own = {id(parameter) for parameter in bundle.model.parameters()} - shared
+        paths = install_readers(structure, sites, own, executor, edits)
+        return Label.EXECUTED, f"executed: a decode step does not read the weights of dropped entries ({len(paths)} layers, by Triton); prompts run in torch", paths
 
 
 def _quantiles(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

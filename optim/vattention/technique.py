@@ -13,6 +13,7 @@ from core.reversible import Edits
 from core.technique import Effect, Label, Prepared, Report, Stage, Technique, option
 from core.units import format_bytes
 from kernels.kv_memory.cache import ReservationPool
+from kernels.kv_memory.cuda_region import cuda_driver
 from kernels.kv_memory.layout import KVLayout
 from kernels.kv_memory.region import PAGE_GROUP, reservations_work
 
@@ -41,20 +42,21 @@ class VAttention(Technique):
             UnsupportedModel: with the reason.
         """
         super().check(bundle)
-        if not reservations_work():
+        if bundle.device.type == "cpu" and not reservations_work():
             raise UnsupportedModel(f"{self.title}: this system does not reserve memory without committing it; it needs Linux.")
-        if bundle.device.type != "cpu":
-            raise UnsupportedModel(f"{self.title}: the model is on {bundle.device}; this version reserves main memory only.")
+        if bundle.device.type != "cpu" and cuda_driver(bundle.device) is None:
+            raise UnsupportedModel(f"{self.title}: the model is on {bundle.device}, whose memory only the CUDA driver (libcuda.so.1) can reserve; there is none here.")
         kv_layouts(bundle)
 
     def _apply(self, bundle: Bundle, prepared: Prepared, edits: Edits) -> tuple[Report, tuple[nn.Module, ...]]:
         layouts = kv_layouts(bundle)
-        pool = ReservationPool(layouts, bundle.context_length, self.keep_mib * 2**20)
+        pool = ReservationPool(layouts, bundle.context_length, self.keep_mib * 2**20, bundle.device)
         edits.set_attr(bundle, "cache_factory", pool.cache)
+        driver = cuda_driver(bundle.device)
         token = sum(layout.token_bytes for layout in layouts)
         notes = (
             f"{format_bytes(token * bundle.context_length)} of address space reserved for {bundle.context_length:,} tokens, {format_bytes(token)} committed a token "
-            f"in page groups of {format_bytes(PAGE_GROUP)}",
+            f"in page groups of {format_bytes(PAGE_GROUP if driver is None else driver.granularity())}",
         )
         return Report(self.name, Label.EXECUTED, ("cache_factory",), notes=notes), ()
 

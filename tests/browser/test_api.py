@@ -64,7 +64,7 @@ def test_bad_requests_are_said_in_words_and_the_next_works(app_url: str, message
 
 def test_only_the_public_endpoint_is_listed_and_direct_calls_are_closed(app_url: str) -> None:
     listed = Client(app_url, verbose=False).view_api(return_format="dict")["named_endpoints"]
-    assert set(listed) == {"/chat_compare"}
+    assert set(listed) == {"/chat_compare", "/compare", "/compare_result"}
     request = urllib.request.Request(f"{app_url}gradio_api/run/chat_compare", data=b'{"data":["x",["baseline"],4,"embedded"]}', headers={"Content-Type": "application/json"})
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(request, timeout=10)
@@ -86,3 +86,38 @@ def test_files_outside_are_not_served(app_url: str, path: str) -> None:
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(f"{app_url}gradio_api/file={path}", timeout=10)
     assert refused.value.code in (403, 404)
+
+
+def test_compare_tells_id_and_progress_and_returns_the_record(app_url: str) -> None:
+    client = Client(app_url, verbose=False)
+    job = client.submit(["baseline", "word_removal"], ["What is rain?", {"id": "w", "question": "What is wind?", "keywords": ["air"]}], api_name="/compare")
+    last = job.result(timeout=120)
+    told = job.outputs()
+    assert len(told) >= 2 and len({state["job_id"] for state in told}) == 1
+    shares = [state["progress"] for state in told]
+    assert shares == sorted(shares) and shares[0] < 1 and shares[-1] == 1
+    assert all(state["state"] == "running" and state["result"] is None for state in told[:-1])
+    assert last["state"] == "finished" and last["result"]["complete"]
+    assert {(c["method"], c["query"]) for c in last["result"]["cells"]} == {(m, q) for m in ("baseline", "word_removal") for q in ("q1", "w")}
+    assert all(c["text"] and c["metrics"]["decode_tok_s"] > 0 for c in last["result"]["cells"])
+    assert client.predict(last["job_id"], api_name="/compare_result")["result"] == last["result"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"methods": []}, "methods is"),
+        ({"methods": ["baseline"], "queries": [{"question": ""}]}, "the question is empty"),
+        ({"methods": ["baseline"], "queries": [3]}, "neither a text"),
+        ({"methods": ["no_such"]}, "There is no method 'no_such'"),
+        ({"methods": ["baseline"], "repeats": 0}, "repeats is 0"),
+    ],
+)
+def test_bad_comparisons_are_said_in_words(app_url: str, arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(Exception, match=said):
+        Client(app_url, verbose=False).predict(**arguments, api_name="/compare")
+
+
+def test_a_model_that_cannot_be_loaded_marks_its_cells_with_the_reason(app_url: str) -> None:
+    state = Client(app_url, verbose=False).predict(["baseline"], ["What is rain?"], ["/no/such/folder"], api_name="/compare")
+    assert [(c["status"], "/no/such/folder" in c["error"]) for c in state["result"]["cells"]] == [("failed", True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import bitsandbytes as bnb
 import numpy as np
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from compression.quant.modules import fused_nf4_runs, int8_linear, nf4_linear
+from compression.quant.packed import Int4, Int8
 from compression.quant.technique import BnbInt8, BnbNf4, quantisable_layers
 from core.architectures import FAMILIES
 from core.bundle import Bundle, storage_bytes, tensors_of
@@ -471,3 +473,18 @@ def test_int8_options_out_of_range_are_refused(settings: dict[str, object]) -> N
 def test_nf4_options_out_of_range_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(InvalidRequest):
         BnbNf4(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_int4_weights_come_from_the_disk_the_second_time_and_compute_the_same(head: bool, llama: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSEBOX_CACHE", str(tmp_path))
+    monkeypatch.setattr("kernels.kept_packings.LEAST_ELEMENTS", 1)
+    notes, logits = [], []
+    for _ in range(2):
+        with contract.apply(Int4(head=head), llama) as applied:
+            notes.append(applied.report.notes[1])
+            logits.append(contract.logits_of(llama))
+    assert notes[0].startswith("0 of 14 packed weights") and notes[1].startswith("14 of 14 packed weights")
+    assert torch.equal(logits[0], logits[1])
+    with contract.apply(Int8(head=head), llama) as applied:
+        assert len(applied.report.notes) == 1, "int8 is packed faster than it is read"

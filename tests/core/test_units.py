@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.units import NOT_MEASURED, format_bytes, format_number, format_percent, format_ratio, format_seconds
+from core.units import NOT_MEASURED, format_bytes, format_number, format_percent, format_ratio, format_seconds, format_time_left
 
 SIZES = {"B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
 
@@ -73,3 +73,8 @@ def test_percent(fraction: float | None, text: str) -> None:
 
 def test_not_measured_is_never_a_number() -> None:
     assert not re.search(r"\d", NOT_MEASURED)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.2, "0 s"), (31.7, "32 s"), (89.4, "89 s"), (100, "2 min"), (3600, "60 min"), (5400, "1 h 30 min"), (9000, "2 h 30 min")])
+def test_time_left_is_told_no_finer_than_an_estimate_is_good_for(seconds: float, text: str) -> None:
+    assert format_time_left(seconds) == text

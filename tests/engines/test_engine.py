@@ -23,6 +23,7 @@ from core.technique import Effect, Label, Prepared, Report, Stage, Technique
 from engines import generation
 from engines.engine import Answer, Engine, baseline_engine, fused_engine
 from engines.generation import Finished, GenerationEvent, Prefilled, TokenDecoded
+from engines.metric_groups import GROUPS
 from engines.metrics import ChatMetrics
 from engines.prompting import Message
 from engines.sampling import Sampling
@@ -300,7 +301,7 @@ def unmeasured(metrics: ChatMetrics) -> set[str]:
     return {f.name for f in fields(ChatMetrics) if getattr(metrics, f.name) is None}
 
 
-QUALITY = {"baseline_answer_bits_per_byte", "agreement_tokens", "agreement_share"}
+QUALITY = set(GROUPS["Quality"])  # added by whoever compares answers
 OF_GAPS = {"tpot_median_s", "tpot_p90_s", "decode_tok_s"}
 OF_TOKENS = {"ttft_s", "total_s", "chars_s", "chars_s_per_gib"}
 
