@@ -34,6 +34,8 @@ ROTATED = {torch.float32: 1e-4, torch.bfloat16: 0.25}
 to 24 and 8 bits. fp32 moves 1e-5 of it; in the tiny random models, whose logits are sums of large terms, bf16 moves up to a tenth."""
 
 NATIVE = Tolerance(1e-3, 0.0, "fp32 sums in C against torch's; the bound that the runtime promises. Seen: 3e-5")
+BF16_OUTPUT = Tolerance(2e-5, 2.0**-7, "one bfloat16 step: fp32 sums in another order may round to the neighbour")
+BF16_WEIGHTS = Tolerance(2e-2, 2.0**-7, "weights or outputs rounded to 8 bits before they are summed or scaled: 2e-3 of terms whose sum's spread is 1")
 INT8_KV = 0.5 + 1e-3
 """Furthest a cached entry may lie from what was written, in steps of its scale: half a step and the last bits of fp32."""
 NATIVE_BF16 = 0.1
