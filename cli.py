@@ -130,15 +130,18 @@ def bench_prefill(
 
 @bench_app.command("kv")
 def bench_kv(
+    shape: Annotated[str, typer.Option(help="As for decode.")] = "smollm2-135m",
     context: Annotated[int, typer.Option(min=1, help="Tokens to reserve.")] = 32_768,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to use.")] = 1024,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 1024,
+    prefix: Annotated[int, typer.Option(min=1, help="Tokens that a second chat's prompt has in common with the first one's.")] = 512,
+    rounds: Annotated[int, typer.Option(min=1, help="Of steps over untouched and over committed pages, in turns.")] = 2,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
 ) -> None:
-    """Memory and waiting of the reserved KV cache, on TinyLlama's layout."""
+    """Memory, waiting and sharing of the reserved KV cache, over decode steps of the native runtime."""
     from engines.speed.kv_cache import measure_kv
 
-    _bench(json_path, [lambda **_: {"rows": [measure_kv(context=context, tokens=tokens)]}],
-           ("rss_growth_before_use_bytes", "committed_bytes", "rss_growth_after_use_bytes", "waste_bytes", "waited_pages", "write_p50_s", "write_p99_s"))
+    _bench(json_path, [partial(measure_kv, shape, context=context, tokens=tokens, prefix=prefix, rounds=rounds)],
+           ("rss_growth_before_use_bytes", "committed_bytes", "rss_growth_after_use_bytes", "waste_bytes", "copied_bytes", "waited_pages", "p99_over_p50", "warm_p99_over_p50", "second_prompt_speedup", "shared_bytes"))
 
 
 @bench_app.command("kernels")

@@ -45,7 +45,7 @@ def measure_quality(service: ChatService, model: str, new_tokens: int) -> dict[s
     methods = METHODS
     answers: dict[str, list[Answer]] = {m: [] for m in methods}
     for question in QUESTIONS:
-        done, _ = collect(service.stream(ChatRequest(question, methods, model_id=model, sampling=Sampling(2 * new_tokens))))
+        done, _ = collect(service.stream(ChatRequest(question, methods, model_id=model, sampling=Sampling(2 * new_tokens), reuse=False)))
         for method, answer in done.items():
             answers[method].append(answer)
     return answers
@@ -59,7 +59,7 @@ def measure_speed(model: str, new_tokens: int, rounds: int) -> tuple[dict[str, l
     errors: dict[str, str] = {}
     for round_ in range(rounds + 1):  # the first warms up
         for place, question in enumerate(QUESTIONS):
-            request = ChatRequest(question, methods, model_id=model, sampling=Sampling(new_tokens, ignore_eos=True), score=False,
+            request = ChatRequest(question, methods, model_id=model, sampling=Sampling(new_tokens, ignore_eos=True), score=False, reuse=False,
                                   reverse=(round_ + place) % 2 == 1)
             done, failed = collect(service.stream(request))
             errors.update(failed)

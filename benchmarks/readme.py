@@ -113,15 +113,27 @@ def kernels_table(data: dict[str, Any]) -> str:
 
 
 def kv_table(data: dict[str, Any]) -> str:
-    """What a reservation costs."""
-    r, mib = data["results"][0]["rows"][0], 2**20
+    """What a reservation costs, and what a second chat with the same beginning saves."""
+    result, mib = data["results"][0], 2**20
+    r = result["rows"][0]
+    pages = r["waited_pages"] + r["ahead_pages"]
     rows = [
-        (f"address space for {r['context']:,} tokens of TinyLlama's layout", f"{r['reserved_bytes'] / mib:.0f} MiB"), ("resident memory that costs before use", f"{r['rss_growth_before_use_bytes'] / 1024:.0f} KiB"),
-        (f"committed for {r['tokens']:,} tokens / grown resident memory", f"{r['committed_bytes'] / mib:.2f} / {r['rss_growth_after_use_bytes'] / mib:.2f} MiB"),
-        ("used / committed and not used", f"{r['used_bytes'] / mib:.2f} / {r['waste_bytes'] / mib:.2f} MiB"), ("pages that a step waited for, of all", f"{r['waited_pages']} of {r['committed_bytes'] // 4096}"),
-        ("time to write a token, median / p99", f"{r['write_p50_s'] * 1e3:.2f} / {r['write_p99_s'] * 1e3:.2f} ms"), ("the same in a cache that grows: p99 / slowest / bytes copied", f"{r['growing_p99_s'] * 1e3:.2f} / {r['growing_max_s'] * 1e3:.2f} ms / {r['growing_copied_bytes'] / mib:.1f} MiB"),
+        (f"address space for {r['context']:,} tokens", f"{r['reserved_bytes'] / mib:.0f} MiB"), ("resident memory that costs before use", f"{r['rss_growth_before_use_bytes'] / 1024:.0f} KiB"),
+        (f"committed after {r['tokens']:,} decode steps / grown resident memory", f"{r['committed_bytes'] / mib:.2f} / {r['rss_growth_after_use_bytes'] / mib:.2f} MiB in {r['regions']} regions"),
+        ("used / committed and not used / copied", f"{r['used_bytes'] / mib:.2f} / {r['waste_bytes'] / mib:.2f} / {r['copied_bytes'] / mib:.2f} MiB"),
+        ("pages committed in the background / that a step waited for", f"{r['ahead_pages']:,} / {r['waited_pages']:,} of {pages:,}"),
+        ("step over untouched pages, median / p99", _step(r, "cold")), ("the same over committed pages", _step(r, "warm")),
+        (f"the {r['steps_with_commits']} steps during which pages were committed, against their neighbours", f"{r['step_with_commits_over_neighbours']:.2f}x"),
+        ("a cache that grows: median / p99, bytes copied", f"{_step(r, 'growing')}, {r['growing_copied_bytes'] / mib:.1f} MiB"),
+        (f"a second chat's prompt, {r['second_prompt_tokens']} tokens, {r['prefix']} of them known: read anew / taken over", f"{r['anew_prompt_s']:.2f} / {r['shared_prompt_s']:.2f} s ({r['second_prompt_speedup']:.1f}x)"),
+        ("memory that grew for it", f"{r['anew_grown_bytes'] / mib:.2f} / {r['shared_grown_bytes'] / mib:.2f} MiB, and {r['shared_shared_bytes'] / mib:.2f} MiB shared"),
     ]
-    return "\n".join(["| measured | value |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows), "", _machine(data)])
+    return "\n".join(["| measured | value |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows), "",
+                      f"{result['shape']}, native runtime in bfloat16, batch 1; other work on the machine when it began: load average {r['load_average']:.1f}. {_machine(data)}"])
+
+
+def _step(row: dict[str, Any], side: str) -> str:
+    return f"{row[f'{side}_p50_s'] * 1e3:.2f} / {row[f'{side}_p99_s'] * 1e3:.2f} ms ({row[f'{side}_p99_s'] / row[f'{side}_p50_s']:.2f}x)"
 
 
 def _by_position(part: dict[str, Any]) -> str:

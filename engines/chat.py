@@ -36,6 +36,7 @@ class ChatRequest:
     reverse: run the columns last to first, so that over turns no method always goes first.
     at_once: run them together; times are then marked as not comparable.
     calibration: text that techniques calibrate on; empty for the project's own.
+    reuse: answers begin with what earlier prompts left in the KV memory, where a method keeps that; measurements turn it off.
     """
 
     message: str
@@ -50,6 +51,7 @@ class ChatRequest:
     at_once: bool = False
     score: bool = True
     calibration: str = ""
+    reuse: bool = True
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ class ChatService:
             engine = self.pool.get_method(column, request.model_id, revision=request.revision, dtype=request.dtype, calibration=request.calibration,
                                           progress=_progress_of(column, stop, emit))
             emit(ColumnStatus(column, "answering"))
-            answer = engine.answer(_conversation(request, column), request.sampling, stop, lambda text: emit(ColumnText(column, text)))
+            answer = engine.answer(_conversation(request, column), request.sampling, stop, lambda text: emit(ColumnText(column, text)), reuse=request.reuse)
         except Exception as error:  # a column's crash must not take the others with it
             emit(ColumnFailed(column, in_words(error)))
         else:

@@ -17,7 +17,7 @@ from core.progress import Progress, Stop, silent
 from core.technique import Applied, Label, Report, Technique
 from engines.generation import Finished, Prefilled, TokenDecoded, generate
 from engines.methods import method_name
-from engines.metrics import GIB, ChatMetrics, Timing, timing_metrics
+from engines.metrics import GIB, ChatMetrics, Timing, reservation_metrics, timing_metrics
 from engines.native.release import forget_originals, move_what_stays
 from engines.prompting import Message, Prompt, build_prompt, check_context
 from engines.sampling import Sampling
@@ -64,28 +64,29 @@ class Engine:
         for _ in generate(self.bundle, ids, Sampling(max_new_tokens=3, ignore_eos=True), Stop()):
             pass
 
-    def answer(self, messages: Sequence[Message], sampling: Sampling, stop: Stop, on_text: Callable[[str], None]) -> Answer:
+    def answer(self, messages: Sequence[Message], sampling: Sampling, stop: Stop, on_text: Callable[[str], None], *, reuse: bool = False) -> Answer:
         """Answer a conversation that ends with the user's turn.
 
         Args:
             on_text: called with each piece of text as it comes, in this thread.
             stop: polled at every token and prefill chunk.
+            reuse: begin with what an earlier prompt left in the KV memory, where the cache keeps that; measurements leave it off.
 
         Raises:
             PromptTooLong: with the numbers.
             InvalidRequest: the conversation cannot be rendered.
         """
         with self._busy:
-            return self._answer(messages, sampling, stop, on_text)
+            return self._answer(messages, sampling, stop, on_text, reuse)
 
-    def _answer(self, messages: Sequence[Message], sampling: Sampling, stop: Stop, on_text: Callable[[str], None]) -> Answer:
+    def _answer(self, messages: Sequence[Message], sampling: Sampling, stop: Stop, on_text: Callable[[str], None], reuse: bool) -> Answer:
         peak_counts = reset_peak()
         began = time.perf_counter()
         prompt = build_prompt(self.bundle, messages)
         check_context(self.bundle, len(prompt.ids), sampling.max_new_tokens)
         stream, pieces, tokens, times = TextStream(self.bundle.tokenizer), [], [], []
         prefilled, finished = None, Finished("stopped", None, None)
-        for event in generate(self.bundle, prompt.ids, sampling, stop):
+        for event in generate(self.bundle, prompt.ids, sampling, stop, reuse=reuse):
             if isinstance(event, TokenDecoded):
                 tokens.append(event.token)
                 times.append(event.at_s)
@@ -101,11 +102,12 @@ class Engine:
         timing = None
         if prefilled is not None:
             timing = Timing(began, prefilled.began_s, prefilled.ended_s, tuple(times))
-        metrics = self._metrics(prompt, text, timing, finished)
+        reused = prefilled.reused_tokens if prefilled is not None else None
+        metrics = replace(self._metrics(prompt, text, timing, finished, reused or 0), kv_reused_tokens=reused)
         metrics = replace(metrics, output_tokens=len(tokens), peak_rss_bytes=peak_resident_bytes() if peak_counts else None)
         return Answer(self.method, text, tuple(tokens), prompt, timing.gaps_s if timing else (), self.bundle.info, metrics, self.reports)
 
-    def _metrics(self, prompt: Prompt, text: str, timing: Timing | None, finished: Finished) -> ChatMetrics:
+    def _metrics(self, prompt: Prompt, text: str, timing: Timing | None, finished: Finished, reused_tokens: int) -> ChatMetrics:
         metrics = ChatMetrics(
             prompt_tokens=len(prompt.ids),
             prompt_tokens_unfiltered=prompt.unfiltered_tokens,
@@ -119,10 +121,11 @@ class Engine:
             finish_reason=finished.reason,
             times_comparable=True,
             dtype=self.bundle.info.dtype,
+            **reservation_metrics(finished.reservation),
         )
         if timing is None:
             return metrics
-        times: dict[str, Any] = dict(timing_metrics(timing, len(prompt.ids), len(text)))
+        times: dict[str, Any] = dict(timing_metrics(timing, len(prompt.ids) - reused_tokens, len(text)))
         metrics = replace(metrics, **times)
         if metrics.chars_s is None or finished.kv_in_use_bytes is None:
             return metrics

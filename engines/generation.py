@@ -13,16 +13,20 @@ from core.bundle import Bundle
 from core.decoding import decode_one_token, prefill
 from core.progress import Stop
 from engines.sampling import Sampler, Sampling
-from kernels.kv_memory.cache import TokenMajorCache
+from kernels.kv_memory.cache import KVStats, TokenMajorCache
 
 
 @dataclass(frozen=True)
 class Prefilled:
-    """The prompt is in the KV cache. Times are `time.perf_counter()` values."""
+    """The prompt is in the KV cache. Times are `time.perf_counter()` values.
+
+    reused_tokens: of the prompt, that an earlier one began with and that were not computed again; None: the cache keeps no earlier texts.
+    """
 
     prompt_tokens: int
     began_s: float
     ended_s: float
+    reused_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class Finished:
     kv_in_use_bytes: int | None
     kv_reserved_bytes: int | None
     kv_committed_bytes: int | None = None
+    reservation: KVStats | None = None
+    """All figures of a reserved cache; None for other caches."""
 
 
 GenerationEvent = Prefilled | TokenDecoded | Finished
@@ -53,18 +59,26 @@ def end_tokens(bundle: Bundle) -> frozenset[int]:
     return frozenset(int(i) for i in ids if i is not None)
 
 
-def generate(bundle: Bundle, prompt_ids: Sequence[int], sampling: Sampling, stop: Stop) -> Iterator[GenerationEvent]:
-    """Answer a prompt. The end token, where there is one, is not among the events."""
+def generate(bundle: Bundle, prompt_ids: Sequence[int], sampling: Sampling, stop: Stop, *, reuse: bool = False) -> Iterator[GenerationEvent]:
+    """Answer a prompt. The end token, where there is one, is not among the events.
+
+    reuse: take over what an earlier prompt with the same beginning left in the KV memory, where the cache keeps that; its tokens' entries are
+    those that reading the prompt anew would compute, but for rounding. Tokens that were decoded are read again: techniques may treat the two apart.
+    """
     cache = bundle.cache_factory()
+    keeps = isinstance(cache, TokenMajorCache) and cache.texts is not None
     sampler = Sampler(sampling, prompt_ids, bundle.device)
     ends = frozenset() if sampling.ignore_eos else end_tokens(bundle)
     began = time.perf_counter()
-    logits = prefill(bundle, prompt_ids, cache, stop)
+    reused = cache.begin(prompt_ids, reuse=reuse) if keeps else None
+    logits = prefill(bundle, prompt_ids[reused or 0 :], cache, stop)
     reason = "length"
     if logits is None:
         yield _finished("stopped", cache)
         return
-    yield Prefilled(len(prompt_ids), began, time.perf_counter())
+    yield Prefilled(len(prompt_ids), began, time.perf_counter(), reused)
+    if reuse and keeps:
+        cache.has_read(prompt_ids)
     for index in range(sampling.max_new_tokens):
         token = sampler.next_token(logits)
         if token in ends:
@@ -82,7 +96,7 @@ def generate(bundle: Bundle, prompt_ids: Sequence[int], sampling: Sampling, stop
 def _finished(reason: str, cache: Any) -> Finished:
     if isinstance(cache, TokenMajorCache):
         stats = cache.stats()
-        return Finished(reason, stats.used_bytes, stats.reserved_bytes, stats.committed_bytes)
+        return Finished(reason, stats.used_bytes, stats.reserved_bytes, stats.committed_bytes, stats if cache.texts is not None else None)
     tensors = [t for layer in getattr(cache, "layers", ()) for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if isinstance(t, Tensor)]
     if not tensors:
         return Finished(reason, None, None)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kernels.kv_memory.cache import KVStats
 
 
 def metric(definition: str, unit: str, better: str | None = None, title: str | None = None) -> Any:
@@ -21,7 +24,7 @@ class ChatMetrics:
     tpot_median_s: float | None = metric("Time per output token: median gap between two tokens, first token left out.", "s", "low", "Time per token, median")
     tpot_p90_s: float | None = metric("90th percentile of the gaps between two tokens.", "s", "low", "Time per token, p90")
     total_s: float | None = metric("From the start of the engine's work to the last token.", "s", "low", "Total time")
-    prefill_tok_s: float | None = metric("Prompt tokens / time of the prefill.", "tok/s", "high", "Prefill speed")
+    prefill_tok_s: float | None = metric("Prompt tokens that were read / time of the prefill; reused ones do not count.", "tok/s", "high", "Prefill speed")
     decode_tok_s: float | None = metric("(Output tokens - 1) / (last token - first token).", "tok/s", "high", "Decode speed")
     chars_s: float | None = metric("Characters of the answer / total time.", "chars/s", "high", "Characters per second")
     prompt_tokens: int | None = metric("Tokens the model was given, template included.", "tok", "low", "Prompt tokens")
@@ -32,8 +35,14 @@ class ChatMetrics:
     weights_kept_for_undo_bytes: int | None = metric("Original weights held only so that techniques can be undone.", "bytes", None, "Weights kept for undo")
     weights_packed_bytes: int | None = metric("The part of the weights in use that a technique stores in a smaller form.", "bytes", None, "Weights packed")
     kv_in_use_bytes: int | None = metric("Keys and values of the tokens in the cache.", "bytes", "low", "KV cache in use")
-    kv_committed_bytes: int | None = metric("Physical memory that the cache takes.", "bytes", "low", "KV cache committed")
+    kv_committed_bytes: int | None = metric("Physical memory that the cache takes; what it shares with other texts is counted apart.", "bytes", "low", "KV cache committed")
     kv_reserved_bytes: int | None = metric("Address space reserved for the cache; it costs nothing until it is committed.", "bytes", None, "KV cache reserved")
+    kv_shared_bytes: int | None = metric("Pages of the cache that other texts with the same beginning use too: in memory once, however many use them.", "bytes", None, "KV cache shared")
+    kv_waste_bytes: int | None = metric("Committed or shared and not used: ends of page groups, and pages kept from earlier texts.", "bytes", "low", "KV cache waste")
+    kv_reused_tokens: int | None = metric("First tokens of the prompt that an earlier prompt began with, too: taken from memory, not computed again.", "tok", "high", "KV tokens reused")
+    kv_faults_avoided: int | None = metric("Pages of the cache's tokens that were there before they were first written: shared, kept from an earlier text, or committed ahead.", "pages", "high", "KV page faults avoided")
+    kv_pages_ahead: int | None = metric("Pages that a background thread committed off the critical path, while the model computed.", "pages", None, "KV pages committed ahead")
+    kv_pages_waited: int | None = metric("Pages that the prefill or a decode step had to wait for.", "pages", "low", "KV pages waited for")
     peak_rss_bytes: int | None = metric("Highest resident memory of the whole process during this answer, all loaded engines included.", "bytes", None, "Peak resident memory")
     chars_s_per_gib: float | None = metric("Characters per second / GiB of (weights in use + KV cache in use).", "chars/s/GiB", "high", "Characters per second per GiB")
     baseline_answer_bits_per_byte: float | None = metric("Bits per byte of the baseline's answer under this engine, scored token by token as decode runs.", "bits/byte", "low", "Bits per byte of the baseline's answer")
@@ -92,4 +101,14 @@ def timing_metrics(timing: Timing, prompt_tokens: int, output_chars: int) -> dic
         "prefill_tok_s": prompt_tokens / prefill_s if prefill_s > 0 else None,
         "decode_tok_s": (len(tokens) - 1) / decode_s if decode_s > 0 else None,
         "chars_s": output_chars / total if total else None,
+    }
+
+
+def reservation_metrics(stats: KVStats | None) -> dict[str, int]:
+    """The metrics of a reserved KV cache; none for other caches."""
+    if stats is None:
+        return {}
+    return {
+        "kv_shared_bytes": stats.shared_bytes, "kv_waste_bytes": stats.waste_bytes, "kv_faults_avoided": stats.faults_avoided,
+        "kv_pages_ahead": stats.ahead_pages, "kv_pages_waited": stats.waited_pages,
     }

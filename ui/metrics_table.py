@@ -40,11 +40,11 @@ def metrics_table(baseline: ChatMetrics | None, fused: ChatMetrics | None, fused
     same_length = baseline is None or fused is None or baseline.output_tokens == fused.output_tokens
     rows = []
     for group, names in GROUPS.items():
-        rows.append(f'<tr class="group"><th colspan="4" scope="colgroup">{group}</th></tr>')
-        for name in names:
+        measured = [name for name in names if any(getattr(side, name, None) is not None for side in (baseline, fused))]
+        if measured:
+            rows.append(f'<tr class="group"><th colspan="4" scope="colgroup">{group}</th></tr>')
+        for name in measured:
             left, right = getattr(baseline, name, None), getattr(fused, name, None)
-            if left is None and right is None:
-                continue
             title, definition = METRICS[name]["title"], show_html(METRICS[name]["definition"])
             rows.append(
                 f'<tr data-metric="{name}"><th scope="row"><span tabindex="0" class="defined" title="{definition}">{title}</span></th>'

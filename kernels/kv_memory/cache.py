@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,15 +12,16 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from core.errors import InvalidRequest
 from kernels.kv_memory.layout import KVLayout
-from kernels.kv_memory.storage import CPU, GrowingStorage, ReservedStorage, Storage
+from kernels.kv_memory.storage import GrowingStorage, ReservedStorage, Storage
 
 
 @dataclass(frozen=True)
 class KVStats:
-    """Memory of one cache, bytes.
+    """Memory of one cache, bytes; pages of the system's size.
 
-    used: of the tokens in it. committed: physical memory. reserved: address space. waste: committed and not used.
-    waited_pages: pages that a step had to wait for. copied: moved because storage grew.
+    used: of the tokens in it. committed: physical memory of its own. reserved: address space. shared: pages that other texts may use too, in none
+    of their `committed_bytes`. waited_pages: that a step had to wait for. ahead_pages: that the background thread committed, so that no step
+    waited. used_pages: of a reservation, that the tokens lie in. copied: moved because storage grew, or taken over from another text.
     """
 
     used_bytes: int
@@ -29,11 +29,19 @@ class KVStats:
     reserved_bytes: int
     waited_pages: int
     copied_bytes: int
+    shared_bytes: int = 0
+    ahead_pages: int = 0
+    used_pages: int = 0
 
     @property
     def waste_bytes(self) -> int:
-        """Committed and not used."""
-        return self.committed_bytes - self.used_bytes
+        """Committed or shared, and not used: ends of page groups, and pages kept from earlier texts."""
+        return self.committed_bytes + self.shared_bytes - self.used_bytes
+
+    @property
+    def faults_avoided(self) -> int:
+        """Pages of the tokens that were there when they were first written: shared, kept from an earlier text, or committed ahead."""
+        return max(0, self.used_pages - self.waited_pages)
 
 
 class TokenMajorLayer(CacheLayerMixin):
@@ -115,18 +123,32 @@ class TokenMajorLayer(CacheLayerMixin):
         return -1 if self.limit is None else self.limit
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens; `tokens_to_remove` is negative as in transformers. Pages stay committed."""
-        self.length = max(0, self.length - abs(tokens_to_remove))
+        """Forget the last tokens; `tokens_to_remove` is negative as in transformers. Pages stay committed.
+
+        Whoever removes or moves other entries than the last ones says so to `storage.rewind`, as this does.
+        """
+        self.continue_from(max(0, self.length - abs(tokens_to_remove)))
+        self.storage.rewind(self.length)
 
     def reset(self) -> None:
         """Forget everything."""
-        self.length = 0
+        self.continue_from(0)
+        self.storage.rewind(0)
+
+    def continue_from(self, tokens: int) -> None:
+        """Go on after so many tokens of the storage."""
+        self.length, self.ready = tokens, 0
 
 
 class TokenMajorCache(Cache):
     """The KV cache of one text."""
 
     layers: list[TokenMajorLayer]  # type: ignore[assignment]
+
+    texts: Any = None
+    """The ReservationPool that keeps earlier texts; None: there are none."""
+    held: Any = None
+    """What that pool lent to this cache."""
 
     def __init__(self, storages: Sequence[Storage], limit: int | None) -> None:
         super().__init__(layers=[TokenMajorLayer(storage, limit) for storage in storages])
@@ -136,56 +158,62 @@ class TokenMajorCache(Cache):
         """Tokens in the first layer."""
         return self.layers[0].length
 
+    def begin(self, ids: Sequence[int], *, reuse: bool) -> int:
+        """Before a prompt is read into this cache; returns how many of its first tokens are in it already. See ReservationPool.begin."""
+        return int(self.texts.begin(self, ids, reuse=reuse)) if self.texts is not None else 0
+
+    def has_read(self, ids: Sequence[int]) -> None:
+        """After a prompt was read: later ones may begin with it."""
+        if self.texts is not None:
+            self.texts.has_read(self, ids)
+
+    def hold(self, storages: Sequence[Storage]) -> None:
+        """Go on over other storages of the same layouts."""
+        for layer, storage in zip(self.layers, storages, strict=True):
+            layer.storage = storage
+
+    def continue_from(self, tokens: Sequence[int]) -> None:
+        """Go on after so many tokens of each layer's storage."""
+        for layer, count in zip(self.layers, tokens, strict=True):
+            layer.continue_from(count)
+
+    def fork(self, drop: int = 0) -> TokenMajorCache:
+        """A second cache with the same content but for the last `drop` tokens of each layer; what is written to one is not in the other.
+
+        Reservations share their whole page groups, others are copied. Nobody may write to this cache meanwhile.
+
+        Raises:
+            OutOfMemory: there is no memory left.
+        """
+        counts = [max(0, layer.length - drop) for layer in self.layers]
+        storages = [layer.storage for layer in self.layers]
+        if self.texts is not None:
+            made: TokenMajorCache = self.texts.cache()
+            self.texts.copy(storages, made.held.memory.storages, counts)
+        else:
+            made = growing_cache([storage.layout for storage in storages])
+            for layer, storage, count in zip(made.layers, storages, counts, strict=True):
+                layer.storage.copy_from(storage, count)
+        made.continue_from(counts)
+        return made
+
     def stats(self) -> KVStats:
         """Memory as it is now."""
         storages = [layer.storage for layer in self.layers]
+
+        def total(name: str) -> int:
+            return sum(getattr(storage, name, 0) for storage in storages)
+
         return KVStats(
             sum(layer.length * layer.storage.layout.token_bytes for layer in self.layers),
-            sum(s.committed_bytes for s in storages), sum(s.reserved_bytes for s in storages),
-            sum(getattr(s, "waited_pages", 0) for s in storages), sum(getattr(s, "copied_bytes", 0) for s in storages),
+            total("committed_bytes"), total("reserved_bytes"), total("waited_pages"), total("copied_bytes"), total("shared_bytes"), total("ahead_pages"),
+            sum(layer.storage.used_pages(layer.length) for layer in self.layers if isinstance(layer.storage, ReservedStorage)),
         )
 
 
 def growing_cache(layouts: Sequence[KVLayout]) -> TokenMajorCache:
     """A cache in ordinary memory that grows by copying."""
     return TokenMajorCache([GrowingStorage(layout) for layout in layouts], None)
-
-
-class ReservationPool:
-    """Makes caches over reservations and keeps those of finished requests, so that the next one finds its pages committed.
-
-    Source: vAttention, section 6.2 (deferred reclamation). `keep_bytes` of committed memory wait at most; pages beyond are given back.
-    """
-
-    def __init__(self, layouts: Sequence[KVLayout], context: int, keep_bytes: int = 256 * 2**20, device: torch.device = CPU) -> None:
-        self.layouts, self.context, self.keep_bytes = tuple(layouts), context, keep_bytes
-        self.device = device
-        self._free: list[list[ReservedStorage]] = []
-
-    def cache(self) -> TokenMajorCache:
-        """An empty cache for the whole context.
-
-        Raises:
-            OutOfMemory: the reservation is refused.
-        """
-        storages = self._free.pop() if self._free else [ReservedStorage(layout, self.context, self.device) for layout in self.layouts]
-        for storage in storages:
-            storage.waited_pages = 0
-        made = TokenMajorCache(storages, self.context)
-        weakref.finalize(made, self._take_back, storages)
-        return made
-
-    def _take_back(self, storages: list[ReservedStorage]) -> None:
-        if self._free:  # one set waits; the others' memory goes back to the system
-            return
-        share = self.keep_bytes // max(1, len(storages))
-        for storage in storages:
-            storage.release_from(share // storage.layout.token_bytes)
-        self._free.append(storages)
-
-    def committed_bytes(self) -> int:
-        """Physical memory of the reservations that wait."""
-        return sum(storage.committed_bytes for storages in self._free for storage in storages)
 
 
 CacheFactory = Callable[[], TokenMajorCache]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from core.errors import OutOfMemory
 from core.units import format_bytes
+from kernels.kv_memory.region import SharedPart
 
 log = logging.getLogger(__name__)
 
@@ -132,8 +133,12 @@ class CudaRegion:
         OutOfMemory: the reservation is refused.
     """
 
+    parts: tuple[SharedPart, ...] = ()
+    shared = 0  # pages of a device are not shared between texts
+
     def __init__(self, size: int, driver: Driver) -> None:
         self._driver, self.page_group = driver, driver.granularity()
+        self.page_bytes, self.ahead_pages = self.page_group, 0
         self.size = self._whole(size)
         self._lock = threading.Lock()
         self._handles: list[int] = []
@@ -149,10 +154,21 @@ class CudaRegion:
         """Bytes that cost device memory."""
         return len(self._handles) * self.page_group
 
+    private_bytes = committed
+
+    def own_from(self, size: int) -> int:
+        """See Region: every page is its own."""
+        return 0
+
+    def take_shared(self, parts: tuple[SharedPart, ...]) -> int:
+        """See Region: there are none."""
+        assert not parts
+        return 0
+
     def _whole(self, size: int) -> int:
         return -(-size // self.page_group) * self.page_group
 
-    def commit_to(self, size: int) -> int:
+    def commit_to(self, size: int, *, ahead: bool = False) -> int:
         """Commit whole page groups up to `size` bytes; returns the page groups newly committed.
 
         Raises:
@@ -170,6 +186,7 @@ class CudaRegion:
                     f"The KV cache needs {format_bytes(missing)} more on device {self._driver.device} beyond {format_bytes(self.committed)}, and the driver refuses ({error}). "
                     "Start a new chat or use a shorter context."
                 ) from error
+            self.ahead_pages += len(self._handles) - before if ahead else 0
             return len(self._handles) - before
 
     def _commit_one(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,16 @@ class Storage(Protocol):
 
     def ensure(self, tokens: int) -> int:
         """Make the first `tokens` tokens usable; returns how many really are. Tensors may be others afterwards."""
+
+    def rewind(self, tokens: int) -> None:
+        """Say that entries from token `tokens` on will be written again, or have been moved. The next `ensure` makes room for them."""
+
+    def copy_from(self, other: Any, tokens: int) -> None:
+        """Take over the first `tokens` tokens of another storage of this layout, in place of what is in this one.
+
+        Raises:
+            OutOfMemory: no memory left; the content is lost then.
+        """
 
     @property
     def committed_bytes(self) -> int:
@@ -53,6 +63,17 @@ class GrowingStorage:
                 self.copied_bytes += old.nbytes
             capacity = larger
         return capacity
+
+    def rewind(self, tokens: int) -> None:
+        """See Storage: nothing to do."""
+
+    @torch.inference_mode()
+    def copy_from(self, other: GrowingStorage, tokens: int) -> None:
+        """See Storage."""
+        self.ensure(tokens)
+        for name, tensor in self.tensors.items():
+            tensor[:tokens] = other.tensors[name][:tokens]
+            self.copied_bytes += tensor[:tokens].nbytes
 
     @property
     def committed_bytes(self) -> int:
@@ -87,11 +108,22 @@ class ReservedStorage:
         self._token = {name: token_bytes(shape, dtype) for name, (shape, dtype) in layout.parts().items()}
         self.regions = {name: make_region(context * size, device) for name, size in self._token.items()}
         self.tensors = {name: self.regions[name].tensor((context, *shape), dtype) for name, (shape, dtype) in layout.parts().items()}
-        self.waited_pages = 0
-        """Pages that a step had to wait for."""
+        self.restart(0)
+
+    def restart(self, tokens: int) -> None:
+        """Begin another text whose first `tokens` tokens are those that are in here; the counts start again."""
+        self.waited_pages = self.copied_bytes = 0
+        self.intact = self.context
+        """First tokens that were not written again since."""
+        self._ahead = sum(region.ahead_pages for region in self.regions.values())
+        self._rewound = min(tokens, self.context)
 
     def ensure(self, tokens: int) -> int:
         """See Storage. A page group ahead is asked for in the background."""
+        if self._rewound < self.context:
+            for name, region in self.regions.items():
+                self.waited_pages += region.own_from(self._rewound * self._token[name])
+            self._rewound = self.context
         for name, region in self.regions.items():
             need = tokens * self._token[name]
             if need > region.committed:
@@ -99,6 +131,26 @@ class ReservedStorage:
             if need + region.page_group > region.committed and region.committed < region.size:
                 COMMITTER.commit_soon(region, need + region.page_group)
         return self.ready
+
+    def rewind(self, tokens: int) -> None:
+        """See Storage."""
+        self._rewound, self.intact = min(self._rewound, tokens), min(self.intact, tokens)
+
+    def group_bytes(self, tokens: int) -> list[int]:
+        """For each part, the bytes of the page groups that hold nothing but the first `tokens` tokens."""
+        return [tokens * self._token[name] // region.page_group * region.page_group for name, region in self.regions.items()]
+
+    @torch.inference_mode()
+    def copy_from(self, other: ReservedStorage, tokens: int) -> None:
+        """See Storage. What is shared in `other` is shared, the rest copied."""
+        self.restart(tokens)
+        for (name, region), whole in zip(self.regions.items(), self.group_bytes(tokens), strict=True):
+            source, size = other.regions[name], tokens * self._token[name]
+            self.waited_pages += region.take_shared(tuple(part.until(whole) for part in source.parts if part.start < whole))
+            self.waited_pages += region.commit_to(size)
+            mine, theirs = (storage.tensors[name].flatten().view(torch.uint8) for storage in (self, other))
+            mine[region.shared : size] = theirs[region.shared : size]
+            self.copied_bytes += size - region.shared
 
     @property
     def ready(self) -> int:
@@ -111,9 +163,23 @@ class ReservedStorage:
             region.release_from(tokens * self._token[name])
 
     @property
+    def ahead_pages(self) -> int:
+        """Pages that the background thread committed for this text."""
+        return sum(region.ahead_pages for region in self.regions.values()) - self._ahead
+
+    def used_pages(self, tokens: int) -> int:
+        """Pages that the first `tokens` tokens lie in."""
+        return sum(-(-tokens * self._token[name] // region.page_bytes) for name, region in self.regions.items())
+
+    @property
     def committed_bytes(self) -> int:
-        """Of all parts."""
-        return sum(region.committed for region in self.regions.values())
+        """Of all parts, without what is shared."""
+        return sum(region.private_bytes for region in self.regions.values())
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of all parts: pages that other texts may use too."""
+        return sum(region.shared for region in self.regions.values())
 
     @property
     def reserved_bytes(self) -> int:

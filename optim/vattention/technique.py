@@ -12,10 +12,11 @@ from core.errors import UnsupportedModel
 from core.reversible import Edits
 from core.technique import Effect, Label, Prepared, Report, Stage, Technique, option
 from core.units import format_bytes
-from kernels.kv_memory.cache import ReservationPool
 from kernels.kv_memory.cuda_region import cuda_driver
 from kernels.kv_memory.layout import KVLayout
 from kernels.kv_memory.region import PAGE_GROUP, reservations_work
+from kernels.kv_memory.reservation_pool import ReservationPool
+from kernels.kv_memory.shared_prefix import sharing_works
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,12 @@ class VAttention(Technique):
         edits.set_attr(bundle, "cache_factory", pool.cache)
         driver = cuda_driver(bundle.device)
         token = sum(layout.token_bytes for layout in layouts)
+        unshared = "this system has no sealed files in memory" if driver is None else "pages of a device are not shared"
         notes = (
             f"{format_bytes(token * bundle.context_length)} of address space reserved for {bundle.context_length:,} tokens, {format_bytes(token)} committed a token "
             f"in page groups of {format_bytes(PAGE_GROUP if driver is None else driver.granularity())}",
+            "prompts that begin like an earlier one go on from its cache; "
+            + ("whole page groups of what they have in common are in memory once" if driver is None and sharing_works() else f"what two texts have in common is copied: {unshared}"),
         )
         return Report(self.name, Label.EXECUTED, ("cache_factory",), notes=notes), ()
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from core.errors import OutOfMemory
-from kernels.kv_memory.cache import ReservationPool
 from kernels.kv_memory.layout import KVLayout
+from kernels.kv_memory.reservation_pool import ReservationPool
 from kernels.kv_memory.storage import make_region
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT RUN: no CUDA device")]

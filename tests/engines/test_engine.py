@@ -237,8 +237,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[GenerationEvent]:
     events: list[GenerationEvent] = []
     original = generation.generate
 
-    def generate(*args: Any) -> Iterator[GenerationEvent]:
-        for event in original(*args):
+    def generate(*args: Any, **settings: Any) -> Iterator[GenerationEvent]:
+        for event in original(*args, **settings):
             events.append(event)
             yield event
 
@@ -270,7 +270,7 @@ def test_time_metrics_equal_a_recalculation_from_the_events(shared_bundle: Bundl
 def fake_answer(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tokens: Sequence[tuple[int, float]], prefilled: bool = True, reason: str = "eos") -> Answer:
     """An answer of these tokens at these times; the engine's work began at second 100."""
 
-    def generate(*_: object) -> Iterator[GenerationEvent]:
+    def generate(*_: object, **__: object) -> Iterator[GenerationEvent]:
         if prefilled:
             yield Prefilled(20, 100.5, 101.0)
         for token, at_s in tokens:
@@ -302,26 +302,27 @@ def unmeasured(metrics: ChatMetrics) -> set[str]:
 
 
 QUALITY = set(GROUPS["Quality"])  # added by whoever compares answers
+OF_PAGES = set(GROUPS["KV pages"])  # of a reserved cache
 OF_GAPS = {"tpot_median_s", "tpot_p90_s", "decode_tok_s"}
 OF_TOKENS = {"ttft_s", "total_s", "chars_s", "chars_s_per_gib"}
 
 
 def test_answer_of_one_token_has_no_time_between_tokens(shared_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     answer = fake_answer(shared_bundle, monkeypatch, [(70, 102.0)])
-    assert unmeasured(answer.metrics) == QUALITY | OF_GAPS
+    assert unmeasured(answer.metrics) == QUALITY | OF_PAGES | OF_GAPS
     assert answer.metrics.ttft_s == answer.metrics.total_s == 2.0
     assert answer.metrics.output_tokens == 1
 
 
 def test_answer_of_no_token_has_no_time_to_the_first_one(shared_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     answer = fake_answer(shared_bundle, monkeypatch, [])
-    assert unmeasured(answer.metrics) == QUALITY | OF_GAPS | OF_TOKENS
+    assert unmeasured(answer.metrics) == QUALITY | OF_PAGES | OF_GAPS | OF_TOKENS
     assert (answer.metrics.output_tokens, answer.metrics.output_chars, answer.text) == (0, 0, "")
 
 
 def test_answer_stopped_in_the_prefill_has_no_times_at_all(shared_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     answer = fake_answer(shared_bundle, monkeypatch, [], prefilled=False, reason="stopped")
-    assert unmeasured(answer.metrics) == QUALITY | OF_GAPS | OF_TOKENS | {"prefill_tok_s", "kv_in_use_bytes", "kv_committed_bytes", "kv_reserved_bytes"}
+    assert unmeasured(answer.metrics) == QUALITY | OF_PAGES | OF_GAPS | OF_TOKENS | {"prefill_tok_s", "kv_in_use_bytes", "kv_committed_bytes", "kv_reserved_bytes"}
     assert answer.gaps_s == ()
 
 
@@ -339,7 +340,7 @@ def test_real_short_answers_measure_only_what_there_was(bundle: Bundle, tokens: 
     answer = ask(baseline_engine(bundle), Sampling(max_new_tokens=10))
     assert answer.metrics.finish_reason == "eos"
     assert answer.token_ids == free[:tokens]
-    assert unmeasured(answer.metrics) - {"peak_rss_bytes"} == QUALITY | OF_GAPS | (set() if tokens else OF_TOKENS)
+    assert unmeasured(answer.metrics) - {"peak_rss_bytes"} == QUALITY | OF_PAGES | OF_GAPS | (set() if tokens else OF_TOKENS)
 
 
 def test_measured_numbers_are_finite_and_positive(shared_bundle: Bundle) -> None:

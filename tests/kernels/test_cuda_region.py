@@ -14,6 +14,7 @@ from core.errors import MissingDependency, OutOfMemory
 from kernels.kv_memory import storage
 from kernels.kv_memory.cuda_region import Access, Allocation, CudaRegion, Driver, cuda_driver
 from kernels.kv_memory.layout import KVLayout
+from kernels.kv_memory.reservation_pool import ReservationPool
 
 GROUP = 2 * 2**20
 CALLS = ("cuMemGetAllocationGranularity", "cuMemAddressReserve", "cuMemAddressFree", "cuMemCreate", "cuMemRelease", "cuMemMap", "cuMemUnmap", "cuMemSetAccess")
@@ -238,6 +239,23 @@ def test_storage_of_a_cuda_device_is_backed_by_the_driver(monkeypatch: pytest.Mo
     assert [size - 1025 * 2048 for _, size in ahead] == [GROUP, GROUP], "the next group is asked for in the background"
     made_.release_from(0)
     assert library.holds_nothing()
+
+
+def test_texts_in_device_memory_are_forked_by_copying(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Library()
+    monkeypatch.setattr(storage, "cuda_driver", lambda device: FakeDriver(library, device.index))
+    monkeypatch.setattr(storage.COMMITTER, "commit_soon", lambda region, size: region.commit_to(size, ahead=True))
+    monkeypatch.setattr(CudaRegion, "tensor", lambda region, shape, dtype: torch.zeros(*shape, dtype=dtype))
+    layout = KVLayout(8, 8, 128, torch.bfloat16)
+    pool = ReservationPool((layout,), 4096, device=torch.device("cuda", 3))
+    cache = pool.cache()
+    cache.update(*(torch.randn(1, 8, 1500, 128, dtype=torch.bfloat16) for _ in range(2)), 0)
+    fork = cache.fork(100)
+    for name, tensor in cache.layers[0].storage.tensors.items():
+        assert torch.equal(fork.layers[0].storage.tensors[name][:1400], tensor[:1400])
+    stats = fork.stats()
+    assert stats.copied_bytes == 1400 * layout.token_bytes and stats.shared_bytes == 0 == pool.shared_bytes() and stats.committed_bytes == 2 * 2 * GROUP
+    assert cache.stats().ahead_pages == 2 and cache.stats().used_pages == 4, "a page of a device is its page group"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="NOT RUN: this machine has a CUDA device")

@@ -18,9 +18,10 @@ from transformers import DynamicCache
 
 from core.errors import InvalidRequest, OutOfMemory
 from kernels.kv_memory import region
-from kernels.kv_memory.cache import ReservationPool, TokenMajorCache, growing_cache
+from kernels.kv_memory.cache import TokenMajorCache, growing_cache
 from kernels.kv_memory.layout import KVLayout
 from kernels.kv_memory.region import PAGE_GROUP, Region, reservations_work
+from kernels.kv_memory.reservation_pool import ReservationPool
 from kernels.kv_memory.storage import ReservedStorage
 from tests.tolerances import INT8_KV
 
