@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +16,11 @@ from core.phase import reading_prompt
 from core.progress import Stop
 
 PREFILL_CHUNK = 512
-"""Prompt tokens per forward call; Stop is looked at between two of them."""
+"""Prompt tokens per forward call."""
+
+
+class _Stopped(Exception):
+    """Leaves a forward call that nobody waits for any more."""
 
 
 def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
@@ -30,15 +35,58 @@ def _cache_name(forward: Callable[..., Any]) -> str:
 
 @torch.inference_mode()
 def prefill(bundle: Bundle, ids: Sequence[int], cache: Any, stop: Stop) -> Tensor | None:
-    """Put the prompt into the cache, chunk by chunk; the last position's logits [vocab_size], None when stopped."""
-    logits = None
-    for start in range(0, len(ids), PREFILL_CHUNK):
-        if stop.requested:
-            return None
-        chunk = torch.tensor([list(ids[start : start + PREFILL_CHUNK])], device=bundle.device)
-        with reading_prompt(True):
-            logits = bundle.model(input_ids=chunk, **cache_argument(bundle.model, cache), use_cache=True, logits_to_keep=1).logits[0, -1]
+    """Put the prompt into the cache, chunk by chunk.
+
+    Stop is looked at before every decoder block: a chunk of a large model takes seconds. The cache is then as it was before the call.
+
+    Returns:
+        The last position's logits [vocab_size], None when stopped.
+    """
+    logits, restore = None, _restore(cache)
+    try:
+        with _stopping(bundle.model, stop), reading_prompt(True):
+            for start in range(0, len(ids), PREFILL_CHUNK):
+                if stop.requested:
+                    raise _Stopped
+                chunk = torch.tensor([list(ids[start : start + PREFILL_CHUNK])], device=bundle.device)
+                logits = bundle.model(input_ids=chunk, **cache_argument(bundle.model, cache), use_cache=True, logits_to_keep=1).logits[0, -1]
+    except _Stopped:
+        restore()
+        return None
     return logits
+
+
+@contextmanager
+def _stopping(model: nn.Module, stop: Stop) -> Iterator[None]:
+    """Inside the block the model's decoder blocks raise `_Stopped` once stop is requested. The first list of modules holds them in every family;
+    a model without one runs its chunk to the end."""
+
+    def look(*_: Any) -> None:
+        if stop.requested:
+            raise _Stopped
+
+    blocks = next((module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)), ())
+    handles = [block.register_forward_pre_hook(look, prepend=True) for block in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _restore(cache: Any) -> Callable[[], None]:
+    """What puts the cache back to where it is now. Lengths and references do: layers append to what they hold and write nothing over."""
+    layers = list(getattr(cache, "layers", ()))
+    states = [dict(vars(layer)) for layer in layers]
+
+    def restore() -> None:
+        if layers or getattr(cache, "layers", None):
+            cache.layers[:] = layers
+        for layer, state in zip(layers, states, strict=True):
+            vars(layer).clear()
+            vars(layer).update(state)
+
+    return restore
 
 
 @torch.inference_mode()

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,20 +111,27 @@ def _compiled(compiler: str, path: Path) -> Path:
     """Compile beside `path`, then put the file in its place; in a folder of its own where the cache cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".so")
+        scrap = tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-")
     except OSError:
         path = Path(tempfile.mkdtemp(prefix="fusebox-kernels-")) / path.name
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".so")
-    os.close(handle)
-    try:
-        sources = [str(source) for source in sorted(SOURCE.glob("*.c"))]
-        march = f"-mcpu={_march()}" if os.uname().machine in ("aarch64", "arm64") else f"-march={_march()}"
-        subprocess.run([compiler, *FLAGS, march, "-shared", "-o", name, *sources, "-lm"], check=True, capture_output=True, text=True, timeout=_TIMEOUT_S)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        scrap = tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-")
+    with scrap as folder:
+        sources = sorted(SOURCE.glob("*.c"))
+        objects = [f"{folder}/{source.stem}.o" for source in sources]
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # whoever asks first waits for it
+            list(pool.map(lambda pair: _run([compiler, *FLAGS, _target(), "-c", str(pair[0]), "-o", pair[1]]), zip(sources, objects, strict=True)))
+        _run([compiler, *FLAGS, "-shared", "-o", f"{folder}/{path.name}", *objects, "-lm"])
+        os.replace(f"{folder}/{path.name}", path)
     return path
+
+
+def _target() -> str:
+    """The compiler's option for this CPU."""
+    return f"-mcpu={_march()}" if os.uname().machine in ("aarch64", "arm64") else f"-march={_march()}"
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT_S)
 
 
 def _open(path: Path) -> ctypes.CDLL:

@@ -1,4 +1,4 @@
-"""A linear layer over a packed weight: C reads it in decode, torch unpacks it tile by tile to read a prompt."""
+"""A linear layer over a packed weight: C multiplies it as it lies; torch unpacks it where there is no library, or where gradients are wanted."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from kernels.build import native
+from kernels.gemm import DTYPES, gemm
 from kernels.packing import TILE, PackedWeight, unpack
 
 
@@ -32,7 +34,18 @@ class PackedLinear(nn.Module):
         return PackedWeight(self.kind, self.out_features, self.in_features, self.weight_data, self.weight_scale, self.group_size, self.by_row)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] -> [..., out_features] in x's dtype. int8 codes are exact in bfloat16; their scales multiply the sums."""
+        """[..., in_features] -> [..., out_features] in x's dtype; float32 sums. What is rounded where: docs/native.md, "Prompts"."""
+        if not self._runs_in_c(x):
+            return self._unpacked(x)
+        bias = None if self.bias is None else self.bias.float()
+        return gemm(x.reshape(-1, self.in_features).contiguous(), self.packed, bias).reshape(*x.shape[:-1], self.out_features)
+
+    def _runs_in_c(self, x: Tensor) -> bool:
+        differentiable = torch.is_grad_enabled() and x.requires_grad
+        return x.device.type == "cpu" and x.dtype in DTYPES and not differentiable and native().library is not None
+
+    def _unpacked(self, x: Tensor) -> Tensor:
+        """The same in torch. int8 codes are exact in bfloat16; their scales multiply the sums."""
         if self.kind != "int8":
             return nn.functional.linear(x, unpack(self.packed, x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         rows = x.reshape(1, -1, self.in_features)

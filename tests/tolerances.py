@@ -38,6 +38,11 @@ ROUNDED_ONCE = {("cuda", torch.float16): 2**-11, ("cuda", torch.bfloat16): 2**-8
 interpreter ("cpu"), which cuts off where a device rounds. float32's own sums: see SUM_ORDER."""
 
 NATIVE = Tolerance(1e-3, 0.0, "fp32 sums in C against torch's; the bound that the runtime promises. Seen: 3e-5")
+PEER_F16 = Tolerance(6e-2, 1e-2, "llama.cpp keeps weights and cache in fp16, 11 bits, and flash attention sums values in it; tiny models with random weights. Seen: 1.4e-2, 2.3e-2 with flash attention")
+PEER_INT8_COSINE = 0.99
+"""Least cosine of a rival's logits with torch's where its weights have 8 bits. Seen: 0.999; a wrong order of rotary pairs gives less than 0.9."""
+BF16_OUTPUT = Tolerance(2e-5, 2.0**-7, "one bfloat16 step: fp32 sums in another order may round to the neighbour")
+BF16_WEIGHTS = Tolerance(2e-2, 2.0**-7, "weights or outputs rounded to 8 bits before they are summed or scaled: 2e-3 of terms whose sum's spread is 1")
 INT8_KV = 0.5 + 1e-3
 """Furthest a cached entry may lie from what was written, in steps of its scale: half a step and the last bits of fp32."""
 NATIVE_BF16 = 0.1

@@ -7,6 +7,7 @@
 
 int64_t fusebox_tile(void);
 void fusebox_gemv(const struct matrix *, float *, const float *, const int32_t *, int64_t);
+int64_t fusebox_gemm(const struct matrix *, void *, const void *, int64_t, int64_t);
 void fusebox_attention(float *, const float *, const struct cached *, int64_t, int64_t, int64_t, float, float *);
 
 static void *filled(size_t bytes) {
@@ -49,6 +50,27 @@ int main(void) {
                 }
             free(many_x); free(many_y); free(x); free(y); free(bias); free(scale8); free(scale4); free(wf); free(bytes); free(rows);
         }
+    const int64_t deep[] = {1, 33, 700}, wide[] = {1, 40, 200}, prompts[] = {1, 4, 5, 16, 33};
+    for (size_t a = 0; a < sizeof deep / sizeof *deep; a++)
+        for (size_t b = 0; b < sizeof wide / sizeof *wide; b++)
+            for (size_t c = 0; c < sizeof prompts / sizeof *prompts; c++) {
+                int64_t in = deep[a], out = wide[b], tokens = prompts[c], tiles = (out + tile - 1) / tile, group = 48, groups = (in + group - 1) / group, sizes[] = {4, 2, 1};
+                float *bias = floats(out), *scale8 = floats(tiles * tile);
+                void *scale4 = filled((size_t)(tiles * groups * tile) * 2);
+                for (int64_t kind = FLOAT32; kind <= INT4; kind++) {
+                    size_t cells = (size_t)(tiles * in * tile);
+                    void *data = filled(kind == INT4 ? cells / 2 : cells * (size_t)sizes[kind]);
+                    for (int64_t how = 0; how < 4; how++) {
+                        int64_t dtype = how % 2 ? BFLOAT16 : FLOAT32;
+                        struct matrix w = {kind, in, out, group, how / 2, data, kind == INT8 ? (void *)scale8 : scale4, how ? bias : 0};
+                        void *x = filled((size_t)(tokens * in * sizes[dtype])), *y = malloc((size_t)(tokens * out * sizes[dtype]));
+                        if (!fusebox_gemm(&w, y, x, tokens, dtype)) return 1;
+                        free(x); free(y);
+                    }
+                    free(data);
+                }
+                free(bias); free(scale8); free(scale4);
+            }
     for (int64_t dim = 1; dim < 70; dim += 17)
         for (int64_t tokens = 1; tokens < 40; tokens += 19) {
             float *q = floats(4 * dim), *out = floats(4 * (dim + 3)), *keys = floats(tokens * 2 * dim), *values = floats(tokens * 4 * (dim + 3)), *gain = floats(dim);

@@ -137,5 +137,5 @@ def test_symbols_are_ours_alone() -> None:
     needs_compiler()
     library = build.native().library
     assert isinstance(library, ctypes.CDLL)
-    for name in ("gemv", "gemv_blocks", "largest", "above", "nonzero", "tile", "norm", "rope", "activate", "append", "attend", "attention", "step"):
+    for name in ("gemv", "gemv_blocks", "gemm", "gemm_way", "largest", "above", "nonzero", "tile", "norm", "rope", "activate", "append", "attend", "attention", "step"):
         assert getattr(library, f"fusebox_{name}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import tempfile
 import time
 import weakref
@@ -36,6 +37,7 @@ class LlamaCpp:
         import llama_cpp as api
 
         self._api = api
+        logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # its own default prints every tensor
         api.llama_backend_init()
         parameters = api.llama_model_default_params()
         parameters.n_gpu_layers = 0
