@@ -119,7 +119,7 @@ def bench_prefill(
     """Prefill speed, in chunks over the project's cache, against one forward call of transformers."""
     from engines.speed.prefill import time_prefill
 
-    _bench(json_path, [partial(time_prefill, name, tokens=tokens) for name in shape or ["embedded"]], ("method", "prefill_tok_s", "speedup_vs_baseline"))
+    _bench(json_path, [partial(time_prefill, name, tokens=tokens) for name in shape or ["embedded"]], ("method", "executor", "prefill_tok_s", "speedup_vs_baseline"))
 
 
 @bench_app.command("kv")
