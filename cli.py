@@ -125,7 +125,7 @@ def bench_prefill(
     """Prefill speed, in chunks over the project's cache, against one forward call of transformers."""
     from engines.speed.prefill import DEFAULT_METHODS, time_prefill
 
-    _bench(json_path, [partial(time_prefill, name, tuple(method or DEFAULT_METHODS), tuple(peers or ()), tokens=tokens) for name in shape or ["embedded"]], ("method", "prefill_tok_s", "speedup_vs_baseline", "speedup_vs_peer"))
+    _bench(json_path, [partial(time_prefill, name, tuple(method or DEFAULT_METHODS), tuple(peers or ()), tokens=tokens) for name in shape or ["embedded"]], ("method", "executor", "prefill_tok_s", "speedup_vs_baseline", "speedup_vs_peer"))
 
 
 @bench_app.command("kv")

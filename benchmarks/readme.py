@@ -103,6 +103,21 @@ def decode_table(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def prefill_table(data: dict[str, Any]) -> str:
+    """Every method on every shape, the baseline first."""
+    lines = ["| shape | method | prompt computed by | prefill (p10 to p90) | against transformers |", "|" + " --- |" * 5]
+    for result in data["results"]:
+        for row in result["rows"]:
+            if row.get("error"):
+                lines.append(f"| {result['shape']} | `{row['method']}` | | {row['error']} | |")
+                continue
+            lines.append(f"| {result['shape']} | `{row['method']}` | {row['executor']} | {row['prefill_tok_s']:,.0f} tok/s ({row['p10']:,.0f} to {row['p90']:,.0f}) | {row['speedup_vs_baseline']:.2f}x |")
+    first = data["results"][0]
+    lines += ["", f"Batch 1, a prompt of {first['tokens']} tokens in pieces of {first['chunk']} at most, against one forward call of transformers in bfloat16, each method in turns with it (ABBA); the median of {first['rows'][0]['runs'] // 2} rounds. "
+              f"Shapes other than the embedded model have random weights. {_machine(data)}"]
+    return "\n".join(lines)
+
+
 def kernels_table(data: dict[str, Any]) -> str:
     """One product, dense and with chosen rows."""
     result = data["results"][0]
@@ -145,6 +160,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "larosa-embedded": ("larosa-embedded.json", larosa_table),
     "larosa-stories260k": ("larosa-stories260k.json", larosa_table),
     "decode": ("decode.json", decode_table),
+    "prefill": ("prefill.json", prefill_table),
     "kernels": ("kernels.json", kernels_table),
     "kv": ("kv.json", kv_table),
     "model-card": ("chat-model-card.json", model_card_table),

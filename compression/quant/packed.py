@@ -58,7 +58,7 @@ class _Packed(Technique):
                 packed.append(new)
         if not self.head:
             skipped["output head"] = "left as it is; the option head packs it in int8"
-        notes = ("the prompt is read by unpacking tile by tile; decode reads the packed weights where the native runtime is on", *filter(None, [kept.note()]))
+        notes = ("the prompt is multiplied with the packed weights in C where there is a compiler, else torch unpacks them; decode reads them packed where the native runtime is on", *filter(None, [kept.note()]))
         return Report(self.name, Label.STORED, tuple(p for p, _, _ in chosen), skipped, sum(before.values()), sum(storage_bytes(tensors_of(packed)).values()), notes), tuple(packed)
 
     def _layers(self, bundle: Bundle) -> Iterator[tuple[str, nn.Module, bool]]:

@@ -20,8 +20,11 @@ from engines.speed.decode import BASELINES, counterparts, parse_timed_method
 from engines.speed.peers.names import load_peer, peer_methods
 from engines.speed.shapes import apply_methods, load_shape
 from engines.speed.sides import prompt
+from kernels.build import native
+from kernels.gemm import bf16_way
+from kernels.packed_linear import PackedLinear
 
-DEFAULT_METHODS = ("native+vattention:bfloat16", "native+int8:bfloat16")
+DEFAULT_METHODS = ("native+vattention:bfloat16", "native+int8:bfloat16", "native+int4:bfloat16")
 
 
 @torch.inference_mode()
@@ -33,13 +36,22 @@ def _chunked(bundle: Bundle, ids: list[int]) -> None:
     prefill(bundle, ids, bundle.cache_factory(), Stop())
 
 
+def _executor(bundle: Bundle) -> str:
+    """What computes a prompt."""
+    packed = native().library is not None and any(isinstance(module, PackedLinear) for module in bundle.model.modules())
+    return f"torch, products in C ({bf16_way()})" if packed else "torch"
+
+
 def time_prefill(
-    shape: str, methods: Sequence[str] = DEFAULT_METHODS, peers: Sequence[str] = (), *, tokens: int = 256, rounds: int = 3, progress: Progress = silent,
+    shape: str, methods: Sequence[str] = DEFAULT_METHODS, peers: Sequence[str] = (), *, tokens: int = 256, rounds: int = 5, progress: Progress = silent,
 ) -> dict[str, Any]:
     """Rows of every method and every rival on a prompt of `tokens` tokens; ABBA against transformers in bfloat16.
 
     Args:
         peers: as `peer_methods` reads them; each is also measured in turns with our method of about the same bytes ("speedup_vs_peer" of that row).
+
+    Returns:
+        "shape", "tokens", "chunk", "rows"; a row that failed holds "error".
 
     Raises:
         InvalidRequest: as `parse_timed_method` and `peer_methods`.
@@ -50,8 +62,11 @@ def time_prefill(
     out: dict[str, Any] = {"shape": shape, "tokens": tokens, "chunk": PREFILL_CHUNK, "rows": []}
     reference = partial(_plain, base, ids)
 
-    def ours(name: str) -> Callable[[], Any]:
-        return reference if name == BASELINES[1] else partial(_chunked, apply_methods(base, ordered(parse_timed_method(name)[0])), ids)
+    def prepared(name: str) -> Bundle:
+        return base if name == BASELINES[1] else apply_methods(base, ordered(parse_timed_method(name)[0]))
+
+    def ours(name: str, bundle: Bundle) -> Callable[[], Any]:
+        return reference if name == BASELINES[1] else partial(_chunked, bundle, ids)
 
     for place, name in enumerate((BASELINES[1], *methods, *rivals)):
         progress(place / (len(methods) + len(rivals) + 1), name)
@@ -59,7 +74,8 @@ def time_prefill(
         out["rows"].append(row)
         try:
             if name not in rivals:
-                row |= _measure(ours(name), reference, tokens, rounds)
+                bundle = prepared(name)
+                row |= {"executor": _executor(bundle)} | _measure(ours(name, bundle), reference, tokens, rounds)
                 continue
             peer = load_peer(name, base, tokens)
             peer.settle(ids, "prefill")
@@ -67,21 +83,27 @@ def time_prefill(
             row |= _measure(theirs, reference, tokens, rounds) | {"executor": peer.executor, "settings": peer.settings}
             for one in out["rows"]:
                 if one["method"] in counterparts(name, methods) and "error" not in one:
-                    one.setdefault("speedup_vs_peer", {})[name] = _measure(ours(one["method"]), theirs, tokens, rounds)["speedup_vs_baseline"]
+                    one.setdefault("speedup_vs_peer", {})[name] = _measure(ours(one["method"], prepared(one["method"])), theirs, tokens, rounds)["speedup_vs_baseline"]
         except FuseboxError as error:
             row["error"] = str(error)
     return out
 
 
 def _measure(run: Callable[[], Any], reference: Callable[[], Any], tokens: int, rounds: int) -> dict[str, Any]:
-    """Tokens a second of `run`, in turns with `reference`."""
-    speeds: tuple[list[float], list[float]] = ([], [])
+    """Tokens a second of `run`, in turns with `reference`; the speed-up is the median of the rounds', since the machine's speed drifts between them."""
     run()
     reference()
+    speeds: list[float] = []
+    ratios: list[float] = []
     for _ in range(rounds):
+        took: dict[bool, list[float]] = {True: [], False: []}
         for mine in (False, True, True, False):
             began = time.perf_counter()
             (run if mine else reference)()
-            speeds[mine].append(tokens / (time.perf_counter() - began))
-    median = statistics.median(speeds[True])
-    return {"prefill_tok_s": median, "p10": percentile(speeds[True], 0.1), "p90": percentile(speeds[True], 0.9), "speedup_vs_baseline": median / statistics.median(speeds[False]), "runs": len(speeds[True])}
+            took[mine].append(time.perf_counter() - began)
+        speeds += [tokens / seconds for seconds in took[True]]
+        ratios.append(sum(took[False]) / sum(took[True]))
+    return {
+        "prefill_tok_s": statistics.median(speeds), "p10": percentile(speeds, 0.1), "p90": percentile(speeds, 0.9),
+        "speedup_vs_baseline": statistics.median(ratios), "speedups": ratios, "runs": len(speeds),
+    }
