@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+SHAPES ?= embedded smollm2-135m gpt2 opt-125m tinyllama-1.1b
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: setup run test check bench clean
@@ -34,6 +35,11 @@ test: $(VENV)/.dev
 
 bench: setup
 	@$(BIN)/python -m benchmarks.chat
+	@$(BIN)/python cli.py bench decode $(SHAPES:%=--shape %) --json benchmarks/results/decode.json
+	@$(BIN)/python cli.py bench prefill $(SHAPES:%=--shape %) --json benchmarks/results/prefill.json
+	@$(BIN)/python cli.py bench kernels --json benchmarks/results/kernels.json
+	@$(BIN)/python cli.py bench kv --json benchmarks/results/kv.json
+	@$(BIN)/python -m benchmarks.readme
 
 clean:
 	@rm -rf $(VENV)

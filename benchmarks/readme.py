@@ -87,31 +87,39 @@ def _machine(data: dict[str, Any]) -> str:
 
 
 def decode_table(data: dict[str, Any]) -> str:
-    """Every method on every shape, baselines first."""
-    lines = ["| shape | method | executor | decode (p10 to p90) | against transformers | MiB a token |", "|" + " --- |" * 6]
+    """Every method on every shape, baselines first, rivals last."""
+    lines = ["| shape | method | executor | decode (p10 to p90) | against transformers | against rivals | MiB a token | of the bandwidth |", "|" + " --- |" * 8]
+    for result in data["results"]:
+        for row in result["rows"]:
+            if row.get("error"):
+                lines.append(f"| {result['shape']} | `{row['method']}` | | {row['error']} | | | | |")
+                continue
+            digits = 0 if row["decode_tok_s"] >= 100 else 1
+            share = "cache" if row["cache_resident"] else f"{row['bandwidth_fraction']:.0%}"
+            lines.append(f"| {result['shape']} | `{row['method']}` | {row['executor']} | {row['decode_tok_s']:,.{digits}f} tok/s ({row['p10']:,.{digits}f} to {row['p90']:,.{digits}f}) | "
+                         f"{row['speedup_vs_baseline']:.2f}x | {_against_rivals(row)} | {row['bytes_per_token'] / 2**20:,.{0 if row['bytes_per_token'] > 2**27 else 1}f} | {share} |")
+    first = data["results"][0]
+    zeros = [f" Of {result['shape']}'s hidden units {result['relu_zeros']:.0%} are zero after ReLU, as set." for result in data["results"] if result.get("relu_zeros")]
+    bandwidths = [result["read_bandwidth"] / 1e9 for result in data["results"]]
+    lines += ["", f"Batch 1, {first['context']} tokens of context; against the faster of transformers' two, each method in turns with it (ABBA), whose own speed drifts from pair to pair. "
+              f"The machine read {min(bandwidths):.0f} to {max(bandwidths):.0f} GB/s in these runs; *cache*: what a token reads fits the last-level cache of {first['cache_resident_below'] / 2**20:,.0f} MiB. "
+              f"Shapes other than the embedded model have random weights.{''.join(zeros)} {_machine(data)}"]
+    return "\n".join(lines)
+
+
+def _against_rivals(row: dict[str, Any]) -> str:
+    return ", ".join(f"{ratio:.2f}x {rival}" for rival, ratio in row.get("speedup_vs_peer", {}).items())
+
+
+def prefill_table(data: dict[str, Any]) -> str:
+    """Every method on every shape, the baseline first."""
+    lines = ["| shape | method | prompt computed by | prefill (p10 to p90) | against transformers | against rivals |", "|" + " --- |" * 6]
     for result in data["results"]:
         for row in result["rows"]:
             if row.get("error"):
                 lines.append(f"| {result['shape']} | `{row['method']}` | | {row['error']} | | |")
                 continue
-            digits = 0 if row["decode_tok_s"] >= 100 else 1
-            lines.append(f"| {result['shape']} | `{row['method']}` | {row['executor']} | {row['decode_tok_s']:,.{digits}f} tok/s ({row['p10']:,.{digits}f} to {row['p90']:,.{digits}f}) | "
-                         f"{row['speedup_vs_baseline']:.2f}x | {row['bytes_per_token'] / 2**20:,.{0 if row['bytes_per_token'] > 2**27 else 1}f} |")
-    first = data["results"][0]
-    lines += ["", f"Batch 1, {first['context']} tokens of context; against the faster of transformers' two, each method in turns with it (ABBA), whose own speed drifts from pair to pair. "
-              f"Shapes other than the embedded model have random weights. {_machine(data)}"]
-    return "\n".join(lines)
-
-
-def prefill_table(data: dict[str, Any]) -> str:
-    """Every method on every shape, the baseline first."""
-    lines = ["| shape | method | prompt computed by | prefill (p10 to p90) | against transformers |", "|" + " --- |" * 5]
-    for result in data["results"]:
-        for row in result["rows"]:
-            if row.get("error"):
-                lines.append(f"| {result['shape']} | `{row['method']}` | | {row['error']} | |")
-                continue
-            lines.append(f"| {result['shape']} | `{row['method']}` | {row['executor']} | {row['prefill_tok_s']:,.0f} tok/s ({row['p10']:,.0f} to {row['p90']:,.0f}) | {row['speedup_vs_baseline']:.2f}x |")
+            lines.append(f"| {result['shape']} | `{row['method']}` | {row['executor']} | {row['prefill_tok_s']:,.0f} tok/s ({row['p10']:,.0f} to {row['p90']:,.0f}) | {row['speedup_vs_baseline']:.2f}x | {_against_rivals(row)} |")
     first = data["results"][0]
     lines += ["", f"Batch 1, a prompt of {first['tokens']} tokens in pieces of {first['chunk']} at most, against one forward call of transformers in bfloat16, each method in turns with it (ABBA); the median of {first['rows'][0]['runs'] // 2} rounds. "
               f"Shapes other than the embedded model have random weights. {_machine(data)}"]

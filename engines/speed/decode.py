@@ -21,8 +21,8 @@ from engines.methods import parse_method
 from engines.metrics import percentile
 from engines.speed.bandwidth import read_bandwidth
 from engines.speed.peers.names import COUNTERPARTS, load_peer, peer_methods
-from engines.speed.shapes import EMBEDDED, apply_methods, load_shape
-from engines.speed.sides import Side, cosine, in_turns
+from engines.speed.shapes import EMBEDDED, apply_methods, load_shape, relu_zeros
+from engines.speed.sides import Side, cosine, in_turns, prompt
 
 BASELINES = ("transformers:float32", "transformers:bfloat16")
 DEFAULT_METHODS = ("native:float32", "native:bfloat16", "native+int8:bfloat16", "native+int4:bfloat16", "native+larosa:bfloat16", "native+int8+larosa:bfloat16", "native+int4+larosa:bfloat16")
@@ -78,7 +78,7 @@ def time_decode(
         tokens: decoded in each segment; each method has 2 * rounds of them.
 
     Returns:
-        "shape", "context", "read_bandwidth" (bytes a second), "cache_resident_below" (bytes), "rows". A row that failed holds "error".
+        "shape", "context", "read_bandwidth" (bytes a second), "cache_resident_below" (bytes), "relu_zeros" (share, None without ReLU), "rows". A row that failed holds "error".
         A row of ours holds "speedup_vs_peer" by rival, a rival's its "settings" and the "logits_cosine" to the faster baseline.
 
     Raises:
@@ -89,6 +89,7 @@ def time_decode(
     bandwidth = read_bandwidth()
     out: dict[str, Any] = {"shape": shape, "context": context, "read_bandwidth": bandwidth, "cache_resident_below": last_level_cache_bytes(), "rows": []}
     run = _Run(shape, context, tokens, rounds, bandwidth, {"bfloat16": load_shape(shape, "bfloat16")})
+    out["relu_zeros"] = relu_zeros(run.bases["bfloat16"].model, prompt(context))
     parts = len(methods) + len(rivals) + 2
     sides = {}
     for place, name in enumerate(BASELINES):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, PhiConfig, PretrainedConfig
 
 from core.bundle import Bundle, ModelInfo
@@ -27,6 +28,8 @@ _CONFIGS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
                           "partial_rotary_factor": 0.4, "max_position_embeddings": 2048}),
 }
 SHAPES = (EMBEDDED, *_CONFIGS)
+RELU_ZEROS = 0.9
+"""Share of a ReLU model's hidden units that are zero for a token: what trained OPT models have at least, set because random weights have half."""
 
 
 def load_shape(name: str, dtype: str) -> Bundle:
@@ -42,8 +45,39 @@ def load_shape(name: str, dtype: str) -> Bundle:
     kind, values = _CONFIGS[name]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(kind(**values), dtype=getattr(torch, dtype)).eval()
+    if kind is OPTConfig:
+        set_relu_zeros(model, RELU_ZEROS)
     tokenizer = load_bundle(EMBEDDED).tokenizer
     return Bundle(model, tokenizer, ModelInfo(f"{name} with random weights", None, dtype, "local"))
+
+
+@torch.inference_mode()
+def set_relu_zeros(model: Any, share: float) -> None:
+    """Lower the biases before every ReLU of an OPT model so that this share of the units is zero on random tokens."""
+
+    def lower(layer: nn.Linear, _: Any, before: torch.Tensor) -> torch.Tensor:
+        shift = before.float().flatten().quantile(share).to(before.dtype)
+        assert layer.bias is not None
+        layer.bias.sub_(shift)
+        return before - shift
+
+    hooks = [layer.fc1.register_forward_hook(lower) for layer in model.model.decoder.layers]
+    model(torch.randint(10, model.config.vocab_size, (1, 128), generator=torch.Generator().manual_seed(0)))
+    for hook in hooks:
+        hook.remove()
+
+
+def relu_zeros(model: Any, ids: Sequence[int]) -> float | None:
+    """The share of an OPT model's hidden units that are zero on a text; None for models without ReLU."""
+    if not isinstance(model.config, OPTConfig):
+        return None
+    zeros: list[float] = []
+    hooks = [layer.fc1.register_forward_hook(lambda _layer, _in, out: zeros.append(float((out <= 0).float().mean()))) for layer in model.model.decoder.layers]
+    with torch.inference_mode():
+        model(torch.tensor([list(ids)]))
+    for hook in hooks:
+        hook.remove()
+    return sum(zeros) / len(zeros)
 
 
 def prepared_without_calibration(technique: Technique, bundle: Bundle) -> Prepared:
