@@ -1,4 +1,4 @@
-"""Question phrasings for topics. Answers are written by people; only the ways of asking are generated."""
+"""Question phrasings for topics. Answers stand in the corpus as they were written for it; only the ways of asking are generated."""
 
 from __future__ import annotations
 
