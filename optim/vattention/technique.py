@@ -23,8 +23,8 @@ from kernels.kv_memory.shared_prefix import sharing_works
 class VAttention(Technique):
     """KV cache contiguous in virtual memory: the whole context is reserved, pages are committed as tokens come.
 
-    Source: vAttention (arXiv 2405.04437), sections 5 and 6. Deviates: for one request at a time on a CPU, over mmap in place of the CUDA
-    driver's calls; a background thread commits the next page group while the model computes.
+    Source: vAttention (arXiv 2405.04437), sections 5 and 6. Deviates: for one request at a time; on a CPU over mmap in place of the CUDA
+    driver's calls, where a background thread commits the next page group while the model computes.
     """
 
     name: ClassVar[str] = "vattention"
