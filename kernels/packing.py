@@ -30,7 +30,8 @@ class PackedWeight:
 
     kind: one of KINDS.
     data: [tiles, in_features, TILE] float32, bfloat16 or int8; [tiles, in_features, TILE / 8] int32 for int4: output j of a tile is
-        nibble j / 16 of word j % 16. With `by_row` the first two axes change places: all of one input channel's weights lie together.
+        nibble j / 16 of word j % 16. With `by_row` the first two axes change places: all of one input channel's weights lie together, as one
+        piece or a part of it.
     scale: [tiles * TILE] float32 for int8, [tiles, groups, TILE] bfloat16 for int4, None for floats.
     group_size: input channels that share a scale in int4, 0 otherwise.
     """
@@ -48,7 +49,7 @@ class PackedWeight:
         return self if self.by_row else replace(self, data=in_huge_pages(self.data.transpose(0, 1).contiguous()), by_row=True)
 
     def part(self, start: int, out_features: int) -> PackedWeight:
-        """The outputs from `start` on, a multiple of TILE, of a weight whose rows lie together; views, for torch only."""
+        """The outputs from `start` on, a multiple of TILE, of a weight whose rows lie together; views."""
         tiles = slice(start // TILE, -(-(start + out_features) // TILE))
         scale = None if self.scale is None else self.scale.view(self.data.shape[1], -1)[tiles].reshape(-1, *self.scale.shape[1:])
         return replace(self, out_features=out_features, data=self.data[:, tiles], scale=scale)
@@ -65,8 +66,9 @@ class PackedWeight:
 
     def matrix(self, bias: Tensor | None = None) -> Matrix:
         """For the C library; it points into these tensors and into `bias` [out_features] float32, which must outlive it."""
-        assert self.data.is_contiguous()
-        return Matrix(KIND_NUMBERS[self.kind], self.in_features, self.out_features, self.group_size, self.by_row, address(self.data), address(self.scale), address(bias))
+        assert self.data[0].is_contiguous() and (self.by_row or self.data.is_contiguous())
+        row_tiles = self.data.stride(0) // self.data.shape[-1] if self.by_row else 0
+        return Matrix(KIND_NUMBERS[self.kind], self.in_features, self.out_features, self.group_size, row_tiles, address(self.data), address(self.scale), address(bias))
 
 
 def side_by_side(weights: Sequence[PackedWeight]) -> PackedWeight:

@@ -21,7 +21,7 @@ GROUP = 4
 class Matrix(ctypes.Structure):
     """A packed weight matrix."""
 
-    _fields_ = [("kind", _I), ("in_", _I), ("out", _I), ("group", _I), ("by_row", _I), ("data", _P), ("scale", _P), ("bias", _P)]
+    _fields_ = [("kind", _I), ("in_", _I), ("out", _I), ("group", _I), ("row_tiles", _I), ("data", _P), ("scale", _P), ("bias", _P)]
 
 
 class Cached(ctypes.Structure):

@@ -11,10 +11,11 @@
 
 enum { FLOAT32, BFLOAT16, INT8, INT4 };
 
-/* Packed weights: TILE entries of one input channel and one tile side by side. by_row: [in][tiles][TILE], so that a channel's weights are one
- * long piece; else [tiles][in][TILE]. scale: float [tiles * TILE] for INT8, bfloat16 [tiles][groups][TILE] for INT4. */
+/* Packed weights: TILE entries of one input channel and one tile side by side. row_tiles: 0 for [tiles][in][TILE]; else [in][row_tiles][TILE],
+ * so that a channel's weights are one long piece, of which this matrix may be a part. scale: float [tiles * TILE] for INT8, bfloat16
+ * [tiles][groups][TILE] for INT4. */
 struct matrix {
-    int64_t kind, in, out, group, by_row;
+    int64_t kind, in, out, group, row_tiles;
     const void *data, *scale;
     const float *bias;
 };

@@ -92,37 +92,31 @@ INLINE void tile_sums(f32x16 *sum, const struct matrix *w, const float *x, int64
     }
 }
 
-INLINE void outputs(const struct matrix *w, float *y, int64_t y_stride, const float *x, int64_t x_stride, const int32_t *rows, int64_t count,
-                    int64_t tile, int half, float alpha, int64_t add, const int vectors, const int tokens) {
-    f32x16 sum[MOST_TOKENS * MOST];
-    int64_t start = tile * TILE + half * BLOCK;
-    tile_sums(sum, w, x, x_stride, rows, 0, count, tile, half, vectors, tokens);
-    int width = vectors * LANES < w->out - start ? vectors * LANES : (int)(w->out - start);
-    const float *scale = w->kind == INT8 ? (const float *)w->scale + start : 0, *bias = w->bias ? w->bias + start : 0;
-    for (int t = 0; t < tokens; t++) finish(y + t * y_stride + start, sum + t * vectors, scale, bias, width, alpha, add);
+/* The same for numbers known only now: the one place where each pair of them is compiled. */
+static __attribute__((noinline)) void sums_of(f32x16 *sum, const struct matrix *w, const float *x, int64_t x_stride, const int32_t *rows, int64_t first, int64_t last,
+                                              int64_t tile, int half, int vectors, int64_t tokens) {
+    if (tokens == 1 && vectors == MOST) tile_sums(sum, w, x, x_stride, rows, first, last, tile, half, MOST, 1);
+    else if (tokens == 1) tile_sums(sum, w, x, x_stride, rows, first, last, tile, half, MOST / 2, 1);
+    else if (tokens == 2 && vectors == MOST) tile_sums(sum, w, x, x_stride, rows, first, last, tile, half, MOST, 2);
+    else if (tokens == 2) tile_sums(sum, w, x, x_stride, rows, first, last, tile, half, MOST / 2, 2);
+    else if (tokens == 3) tile_sums(sum, w, x, x_stride, rows, first, last, tile, half, MOST / 2, 3);
+    else tile_sums(sum, w, x, x_stride, rows, first, last, tile, half, MOST / 2, 4);
 }
 
-INLINE void part_outputs(const struct matrix *w, float *sums, int64_t stride, const float *x, int64_t x_stride, const int32_t *rows, int64_t first, int64_t last,
-                         int64_t tile, int half, const int vectors, const int tokens) {
-    f32x16 sum[MOST_TOKENS * MOST];
-    tile_sums(sum, w, x, x_stride, rows, first, last, tile, half, vectors, tokens);
-    for (int t = 0; t < tokens; t++)
-        for (int v = 0; v < vectors; v++) store_f32(sums + t * stride + tile * TILE + half * BLOCK + v * LANES, sum[t * vectors + v]);
-}
+/* Vectors of outputs that are summed at a time: what stays in registers. */
+INLINE int together(int64_t tokens, int whole) { return whole && tokens <= 2 ? MOST : MOST / 2; }
 
 void fusebox_gemv_part(const struct matrix *w, float *sums, int64_t stride, const float *x, int64_t x_stride, const int32_t *rows, int64_t first, int64_t last, int64_t tokens) {
-    if (w->by_row) {
+    if (w->row_tiles) {
         for (int64_t t = 0; t < tokens; t++) fusebox_gemv_long_rows(w, sums + t * stride, x + t * x_stride, rows, first, last);
         return;
     }
-    for (int64_t tile = 0; tile < tiles_of(w); tile++) {
-        if (tokens == 1) part_outputs(w, sums, stride, x, x_stride, rows, first, last, tile, 0, MOST, 1);
-        else if (tokens == 2) part_outputs(w, sums, stride, x, x_stride, rows, first, last, tile, 0, MOST, 2);
-        else
-            for (int half = 0; half < 2; half++) {
-                if (tokens == 3) part_outputs(w, sums, stride, x, x_stride, rows, first, last, tile, half, MOST / 2, 3);
-                else part_outputs(w, sums, stride, x, x_stride, rows, first, last, tile, half, MOST / 2, 4);
-            }
+    const int vectors = together(tokens, 1);
+    for (int64_t at = 0; at < tiles_of(w) * MOST; at += vectors) {
+        f32x16 sum[MOST_TOKENS * MOST];
+        sums_of(sum, w, x, x_stride, rows, first, last, at / MOST, at % MOST != 0, vectors, tokens);
+        for (int64_t t = 0; t < tokens; t++)
+            for (int v = 0; v < vectors; v++) store_f32(sums + t * stride + (at + v) * LANES, sum[t * vectors + v]);
     }
 }
 
@@ -141,26 +135,21 @@ void fusebox_join(float *y, const float *sums, int64_t parts, int64_t stride, co
 
 void fusebox_gemv_blocks(const struct matrix *w, float *y, int64_t y_stride, const float *x, int64_t x_stride, const int32_t *rows, int64_t count,
                          int64_t tokens, int64_t first, int64_t last, float alpha, int64_t add) {
-    for (int64_t block = first; block < last;) {
-        int64_t tile = block / 2;
-        int half = (int)(block % 2), whole = !half && block + 1 < last;
-        if (tokens == 1 && whole) outputs(w, y, y_stride, x, x_stride, rows, count, tile, half, alpha, add, MOST, 1);
-        else if (tokens == 1) outputs(w, y, y_stride, x, x_stride, rows, count, tile, half, alpha, add, MOST / 2, 1);
-        else if (tokens == 2 && whole) outputs(w, y, y_stride, x, x_stride, rows, count, tile, half, alpha, add, MOST, 2);
-        else if (tokens == 2) outputs(w, y, y_stride, x, x_stride, rows, count, tile, half, alpha, add, MOST / 2, 2);
-        else {
-            whole = 0;
-            if (tokens == 3) outputs(w, y, y_stride, x, x_stride, rows, count, tile, half, alpha, add, MOST / 2, 3);
-            else outputs(w, y, y_stride, x, x_stride, rows, count, tile, half, alpha, add, MOST / 2, 4);
-        }
-        block += 1 + whole;
+    for (int64_t block = first, vectors; block < last; block += vectors * LANES / BLOCK) {
+        f32x16 sum[MOST_TOKENS * MOST];
+        int half = (int)(block % 2);
+        vectors = together(tokens, !half && block + 1 < last);
+        sums_of(sum, w, x, x_stride, rows, 0, count, block / 2, half, (int)vectors, tokens);
+        int64_t start = block * BLOCK, width = vectors * LANES < w->out - start ? vectors * LANES : w->out - start;
+        const float *scale = w->kind == INT8 ? (const float *)w->scale + start : 0, *bias = w->bias ? w->bias + start : 0;
+        for (int64_t t = 0; t < tokens; t++) finish(y + t * y_stride + start, sum + t * vectors, scale, bias, (int)width, alpha, add);
     }
 }
 
 /* One product on its own, shared out over torch's threads. */
 void fusebox_gemv(const struct matrix *w, float *y, const float *x, const int32_t *rows, int64_t count) {
     int64_t blocks = (w->out + BLOCK - 1) / BLOCK, width = tiles_of(w) * TILE, most = omp_get_max_threads(), ran = 1;
-    float *sums = w->by_row ? malloc((size_t)(most * width) * sizeof *sums) : 0;
+    float *sums = w->row_tiles ? malloc((size_t)(most * width) * sizeof *sums) : 0;
     _Pragma("omp parallel num_threads((int)most)")
     {
         int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();

@@ -41,18 +41,18 @@ INLINE void pass_i4(float *restrict sum, const float *restrict values, const cha
     for (int v = 0; v < MOST; v++) store_f32(sum + v * LANES, load_f32(sum + v * LANES) + s[v] * load_bf16(scales + v * LANES));
 }
 
-/* Where the lines that are asked for stand: row `next` and its fellows, `at` bytes into each. */
+/* Where the lines that are asked for stand: row `next` and its fellows, `at` of `row_bytes` bytes into each; rows begin `stride` bytes apart. */
 struct ahead {
     const char *data;
     const int32_t *rows;
-    int64_t next, last, at, row_bytes, tile_bytes, together;
+    int64_t next, last, at, stride, row_bytes, tile_bytes, together;
 };
 
 /* Ask for the next lines; returns their bytes, 0 at the end. */
 INLINE int64_t ask(struct ahead *a) {
     int64_t count = a->last - a->next < a->together ? a->last - a->next : a->together;
     for (int64_t r = 0; r < count; r++) {
-        const char *from = a->data + (a->rows ? a->rows[a->next + r] : a->next + r) * a->row_bytes + a->at;
+        const char *from = a->data + (a->rows ? a->rows[a->next + r] : a->next + r) * a->stride + a->at;
         for (int64_t line = 0; line < a->tile_bytes; line += 64) __builtin_prefetch(from + line, 0, 2);
     }
     a->at += a->tile_bytes;
@@ -72,7 +72,7 @@ INLINE int64_t count_together(const struct matrix *w, const int32_t *rows, int64
 void fusebox_gemv_long_rows(const struct matrix *w, float *sums, const float *x, const int32_t *rows, int64_t first, int64_t last) {
     const int64_t bits[] = {32, 16, 8, 4}, tile_bytes = TILE * bits[w->kind] / 8, most = w->kind == INT4 ? TOGETHER : TOGETHER / 2;
     const int64_t tiles = tiles_of(w), groups = w->kind == INT4 ? (w->in + w->group - 1) / w->group : 0;
-    struct ahead a = {w->data, rows, first, last, 0, tiles * tile_bytes, tile_bytes, most};
+    struct ahead a = {w->data, rows, first, last, 0, w->row_tiles * tile_bytes, tiles * tile_bytes, tile_bytes, most};
     memset(sums, 0, (size_t)(tiles * TILE) * sizeof *sums);
     for (int64_t r = first, asked = 0, count; r < last; r += count) {
         const char *from[TOGETHER];
@@ -80,7 +80,7 @@ void fusebox_gemv_long_rows(const struct matrix *w, float *sums, const float *x,
         count = count_together(w, rows, r, last, most);
         for (int64_t k = 0; k < count; k++) {
             int64_t row = rows ? rows[r + k] : r + k;
-            from[k] = (const char *)w->data + row * a.row_bytes, values[k] = x[row];
+            from[k] = (const char *)w->data + row * a.stride, values[k] = x[row];
         }
         const uint16_t *scales = w->kind == INT4 ? (const uint16_t *)w->scale + (rows ? rows[r] : r) / w->group * TILE : 0;
         for (int64_t tile = 0; tile < tiles; tile++) {

@@ -8,8 +8,8 @@
 #define MOST (TILE / LANES)
 
 INLINE int64_t tiles_of(const struct matrix *w) { return (w->out + TILE - 1) / TILE; }
-INLINE int64_t tile_stride_of(const struct matrix *w) { return w->by_row ? TILE : w->in * TILE; }
-INLINE int64_t row_stride_of(const struct matrix *w) { return w->by_row ? tiles_of(w) * TILE : TILE; }
+INLINE int64_t tile_stride_of(const struct matrix *w) { return w->row_tiles ? TILE : w->in * TILE; }
+INLINE int64_t row_stride_of(const struct matrix *w) { return w->row_tiles ? w->row_tiles * TILE : TILE; }
 
 /* The four-bit codes of 16 outputs as numbers: nibble `v` of each 32-bit word, minus 8. */
 INLINE f32x16 unpacked(u32x16 words, int v) {

@@ -41,17 +41,17 @@ class Site(nn.Module):
     exempt: this many first positions of a text stay dense, whatever the call. Padding on the left counts as positions.
     readers: paths of the layers that read here.
     executor: chooses single tokens' entries in a form that readers can leave weights out by; None: zeros are all there is.
+    selection: what the last call chose, while it was one token and there was an executor.
     """
 
     executor: SparseExecutor | None = None
     readers: tuple[str, ...] = ()
-    selection: Selection | None = None
-    """What the last call chose, while it was one token and there was an executor."""
 
     def __init__(self, kind: str, width: int, weights: int, position: TokenPosition, *, prefill: bool, exempt: int) -> None:
         super().__init__()
         self.kind, self.width, self.weights = kind, width, weights
         self.position, self.prefill, self.exempt = position, prefill, exempt
+        self.selection: Selection | None = None
         self.rows = self.kept = 0
         self.counting = False
 

@@ -39,8 +39,8 @@ int main(void) {
             for (int64_t kind = FLOAT32; kind <= INT4; kind++)
                 for (int sparse = 0; sparse < 2; sparse++) {
                     const void *data = kind == FLOAT32 ? (void *)wf : bytes, *scale = kind == INT8 ? scale8 : scale4;
-                    for (int64_t by_row = 0; by_row < 2; by_row++) {
-                    struct matrix w = {kind, in, out, group, by_row, data, scale, sparse ? bias : 0};
+                    for (int64_t row_tiles = 0; row_tiles <= tiles; row_tiles += tiles) {
+                    struct matrix w = {kind, in, out, group, row_tiles, data, scale, sparse ? bias : 0};
                     const int32_t *chosen = sparse ? rows : 0;
                     int64_t count = sparse ? counts[3] : in, blocks = (out + BLOCK - 1) / BLOCK;
                     fusebox_gemv(&w, y, x, chosen, count);
