@@ -12,6 +12,9 @@ from torch import Tensor
 _BITS = {torch.float32: (torch.int32, 31), torch.float16: (torch.int16, 15), torch.bfloat16: (torch.int16, 15)}
 """The integer that a float's bits are read as, and how many of them are magnitude."""
 
+TICKETS = 1024
+"""Blocks of outputs that programs of a product can share."""
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -21,12 +24,14 @@ class Selection:
     count: [1] int32, on the device.
     most: the count is no higher than this; known without asking the device.
     kept: the vector in its own shape and dtype, zero where it was not chosen.
+    tickets: [TICKETS] int32, zeros: products count in them which program comes last, one product after the other, and leave zeros.
     """
 
     rows: Tensor
     count: Tensor
     most: int
     kept: Tensor
+    tickets: Tensor
 
     def is_of(self, x: Tensor) -> bool:
         """Whether `x` is the selected vector itself, in whatever shape."""
@@ -34,7 +39,8 @@ class Selection:
 
 
 @triton.jit
-def _store(chosen, values, places, inside, kept, rows, count) -> None:  # type: ignore[no-untyped-def]
+def _store(chosen, values, places, inside, kept, rows, count, tickets, TICKETS: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
+    tl.store(tickets + tl.arange(0, TICKETS), tl.zeros([TICKETS], dtype=tl.int32))
     target = tl.cumsum(chosen.to(tl.int32), 0) - 1
     tl.store(rows + target, places, mask=chosen)
     tl.store(count, tl.sum(chosen.to(tl.int32), 0))
@@ -42,7 +48,7 @@ def _store(chosen, values, places, inside, kept, rows, count) -> None:  # type: 
 
 
 @triton.jit
-def _largest(x, magnitudes, keep, kept, rows, count, n, BITS: tl.constexpr, BLOCK: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
+def _largest(x, magnitudes, keep, kept, rows, count, tickets, n, BITS: tl.constexpr, BLOCK: tl.constexpr, TICKETS: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
     places = tl.arange(0, BLOCK)
     inside = places < n
     # Magnitudes of floats order as their bits do; -1 is below them all.
@@ -56,17 +62,17 @@ def _largest(x, magnitudes, keep, kept, rows, count, n, BITS: tl.constexpr, BLOC
     equal = bits == edge
     left = keep - tl.sum(above.to(tl.int32), 0)
     chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= left))
-    _store(chosen, tl.load(x + places, mask=inside, other=0.0), places, inside, kept, rows, count)
+    _store(chosen, tl.load(x + places, mask=inside, other=0.0), places, inside, kept, rows, count, tickets, TICKETS)
 
 
 @triton.jit
-def _above(x, threshold, kept, rows, count, n, NONZERO: tl.constexpr, BLOCK: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
+def _above(x, threshold, kept, rows, count, tickets, n, NONZERO: tl.constexpr, BLOCK: tl.constexpr, TICKETS: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
     places = tl.arange(0, BLOCK)
     inside = places < n
     values = tl.load(x + places, mask=inside, other=0.0)
     wide = values.to(tl.float32)
     chosen = wide != 0.0 if NONZERO else tl.abs(wide) > threshold  # a NaN is not zero: it is kept, and shows
-    _store(chosen & inside, values, places, inside, kept, rows, count)
+    _store(chosen & inside, values, places, inside, kept, rows, count, tickets, TICKETS)
 
 
 def largest(x: Tensor, keep: int) -> Selection:
@@ -78,11 +84,11 @@ def largest(x: Tensor, keep: int) -> Selection:
     """
     n = _checked(x)
     keep = min(max(keep, 0), n)
-    rows, count, kept = _buffers(x)
+    rows, count, kept, tickets = _buffers(x)
     kind, bits = _BITS[x.dtype]
     block = triton.next_power_of_2(n)
-    _largest[(1,)](x, x.view(kind), keep, kept, rows, count, n, BITS=bits, BLOCK=block, num_warps=_warps(block))
-    return Selection(rows, count, keep, kept)
+    _largest[(1,)](x, x.view(kind), keep, kept, rows, count, tickets, n, BITS=bits, BLOCK=block, TICKETS=TICKETS, num_warps=_warps(block))
+    return Selection(rows, count, keep, kept, tickets)
 
 
 def above(x: Tensor, threshold: float) -> Selection:
@@ -97,10 +103,10 @@ def nonzero(x: Tensor) -> Selection:
 
 
 def _compared(x: Tensor, n: int, threshold: float, *, nonzero: bool) -> Selection:
-    rows, count, kept = _buffers(x)
+    rows, count, kept, tickets = _buffers(x)
     block = triton.next_power_of_2(n)
-    _above[(1,)](x, threshold, kept, rows, count, n, NONZERO=nonzero, BLOCK=block, num_warps=_warps(block))
-    return Selection(rows, count, n, kept)
+    _above[(1,)](x, threshold, kept, rows, count, tickets, n, NONZERO=nonzero, BLOCK=block, TICKETS=TICKETS, num_warps=_warps(block))
+    return Selection(rows, count, n, kept, tickets)
 
 
 def _checked(x: Tensor) -> int:
@@ -109,8 +115,9 @@ def _checked(x: Tensor) -> int:
     return x.numel()
 
 
-def _buffers(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty(x.numel(), dtype=torch.int32, device=x.device), torch.empty(1, dtype=torch.int32, device=x.device), torch.empty_like(x)
+def _buffers(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tickets, rows, count = torch.empty(TICKETS + x.numel() + 1, dtype=torch.int32, device=x.device).split([TICKETS, x.numel(), 1])
+    return rows, count, torch.empty_like(x), tickets
 
 
 def _warps(block: int) -> int:

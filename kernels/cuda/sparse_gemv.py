@@ -9,43 +9,51 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cuda.selection import Selection
+from kernels.cuda.selection import TICKETS, Selection
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_BLOCK_OUT, _BLOCK_ROWS = 128, 32
-_PROGRAMS_A_PROCESSOR = 4
+_BLOCK_OUT, _BLOCK_ROWS, _WARPS = 64, 32, 4
+"""The fastest of 33 on an H100; benchmarks/LOG.md, 2026-11-27."""
+_PROGRAMS_A_PROCESSOR = 8
 """Enough reads in flight to cover the latency of memory."""
 
 
 @triton.jit
-def _partial_sums(x, weight, rows, count, sums, n_out, BLOCK_OUT: tl.constexpr, BLOCK_ROWS: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
-    """One block of outputs over every `splits`-th block of the chosen channels; sums [splits, n_out] float32."""
-    columns = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+def _product(  # type: ignore[no-untyped-def]
+    x, weight, rows, count, tickets, sums, bias, out, n_out, splits, HAS_BIAS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+) -> None:
+    """One block of outputs over every `splits`-th block of the chosen channels; sums [splits, n_out] float32.
+
+    The program that comes last adds the splits in their order, so that a result is the same each time, rounds once and clears the ticket.
+    """
+    block, split = tl.program_id(0), tl.program_id(1)
+    columns = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     inside = columns < n_out
-    split, splits = tl.program_id(1), tl.num_programs(1)
     chosen = tl.load(count)
-    total = tl.zeros([BLOCK_OUT], dtype=tl.float32)
+    # Products are added up where they are and across rows only once: the latter makes warps wait for each other.
+    products = tl.zeros([BLOCK_ROWS, BLOCK_OUT], dtype=tl.float32)
     for start in range(split * BLOCK_ROWS, chosen, splits * BLOCK_ROWS):
         places = start + tl.arange(0, BLOCK_ROWS)
         some = places < chosen
         channels = tl.load(rows + places, mask=some, other=0).to(tl.int64)
         values = tl.load(x + channels, mask=some, other=0.0).to(tl.float32)
         tile = tl.load(weight + channels[:, None] * n_out + columns[None, :], mask=some[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        total += tl.sum(values[:, None] * tile, 0)
-    tl.store(sums + split * n_out + columns, total, mask=inside)
-
-
-@triton.jit
-def _finish(sums, bias, out, n_out, splits, HAS_BIAS: tl.constexpr, BLOCK_OUT: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
-    """Adds the splits in their order, so that a result is the same each time; rounds once."""
-    columns = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    inside = columns < n_out
-    total = tl.zeros([BLOCK_OUT], dtype=tl.float32)
-    for split in range(splits):
-        total += tl.load(sums + split * n_out + columns, mask=inside, other=0.0)
-    if HAS_BIAS:
-        total += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + columns, total.to(out.dtype.element_ty), mask=inside)
+        products += values[:, None] * tile
+    total = tl.sum(products, 0)
+    last = True
+    if splits > 1:
+        tl.store(sums + split * n_out + columns, total, mask=inside)
+        tl.debug_barrier()
+        last = tl.atomic_add(tickets + block, 1) == splits - 1
+    if last:
+        if splits > 1:
+            tl.store(tickets + block, 0)
+            total = tl.zeros([BLOCK_OUT], dtype=tl.float32)
+            for other in range(splits):
+                total += tl.load(sums + other * n_out + columns, mask=inside, other=0.0, cache_modifier=".cg")
+        if HAS_BIAS:
+            total += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + columns, total.to(out.dtype.element_ty), mask=inside)
 
 
 def sparse_gemv(weight: Tensor, selection: Selection, bias: Tensor | None = None, splits: int | None = None) -> Tensor:
@@ -67,11 +75,13 @@ def sparse_gemv(weight: Tensor, selection: Selection, bias: Tensor | None = None
     _check(weight, x, bias)
     n_out = weight.shape[1]
     blocks = triton.cdiv(n_out, _BLOCK_OUT)
-    splits = splits or _splits(blocks, selection.most, weight.device)
+    splits = (splits or _splits(blocks, selection.most, weight.device)) if blocks <= TICKETS else 1
     sums = torch.empty(splits, n_out, dtype=torch.float32, device=weight.device)
     out = torch.empty(n_out, dtype=weight.dtype, device=weight.device)
-    _partial_sums[(blocks, splits)](x, weight, selection.rows, selection.count, sums, n_out, BLOCK_OUT=_BLOCK_OUT, BLOCK_ROWS=_BLOCK_ROWS)
-    _finish[(blocks,)](sums, bias if bias is not None else sums, out, n_out, splits, HAS_BIAS=bias is not None, BLOCK_OUT=_BLOCK_OUT)
+    _product[(blocks, splits)](
+        x, weight, selection.rows, selection.count, selection.tickets, sums, bias if bias is not None else sums, out, n_out, splits,
+        HAS_BIAS=bias is not None, BLOCK_OUT=_BLOCK_OUT, BLOCK_ROWS=_BLOCK_ROWS, num_warps=_WARPS,
+    )
     return out
 
 

@@ -59,13 +59,13 @@ def remove_output_mean(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Ten
 
 
 def rotate_reader(weight: Tensor, rotation: Tensor) -> Tensor:
-    """W Q: reads what is written in the basis Q. [O, D] x [D, D] -> [O, D], float64."""
-    return weight.double() @ rotation.double()
+    """W Q: reads what is written in the basis Q. [O, D] x [D, D] -> [O, D], float64, where the weight is."""
+    return weight.double() @ rotation.to(weight.device).double()
 
 
 def rotate_writer(weight: Tensor, bias: Tensor | None, rotation: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Q^T W and b Q: writes in the basis Q. W [D, I], float64."""
-    turned = rotation.double()
+    """Q^T W and b Q: writes in the basis Q. W [D, I], float64, where the weight is."""
+    turned = rotation.to(weight.device).double()
     return turned.T @ weight.double(), None if bias is None else bias.double() @ turned
 
 

@@ -7,8 +7,8 @@ import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from kernels.cuda.selection import _BITS, _above, _largest, _warps
-from kernels.cuda.sparse_gemv import _BLOCK_OUT, _BLOCK_ROWS, DTYPES, _finish, _partial_sums
+from kernels.cuda.selection import _BITS, TICKETS, _above, _largest, _warps
+from kernels.cuda.sparse_gemv import _BLOCK_OUT, _BLOCK_ROWS, _WARPS, DTYPES, _product
 
 _NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32", "int16": "i16"}
 
@@ -17,15 +17,15 @@ def main(capability: int) -> None:
     for dtype in DTYPES[::2]:  # float16 goes the way of bfloat16
         kind, bits = _BITS[dtype]
         vector, integers = "*" + _NAMES[str(dtype)[6:]], "*" + _NAMES[str(kind)[6:]]
-        selected = {"kept": vector, "rows": "*i32", "count": "*i32"}
+        selected = {"kept": vector, "rows": "*i32", "count": "*i32", "tickets": "*i32"}
         for block in (1, 4096):
             one = {"n": 1} if block == 1 else {}  # Triton makes an argument of 1 a constant of the program
-            job(capability, _largest, {"x": vector, "magnitudes": integers, "keep": "i32", **selected, "n": "i32"}, {"BITS": bits, "BLOCK": block, **one}, _warps(block))
-            job(capability, _above, {"x": vector, "threshold": "fp32", **selected, "n": "i32"}, {"NONZERO": block == 1, "BLOCK": block, **one}, _warps(block))
-        for single in ({}, {"n_out": 1}):
-            blocks = {"BLOCK_OUT": _BLOCK_OUT, **single}
-            job(capability, _partial_sums, {"x": vector, "weight": vector, "rows": "*i32", "count": "*i32", "sums": "*fp32", "n_out": "i32"}, {**blocks, "BLOCK_ROWS": _BLOCK_ROWS}, 4)
-            job(capability, _finish, {"sums": "*fp32", "bias": vector, "out": vector, "n_out": "i32", "splits": "i32"}, {**blocks, "HAS_BIAS": True, **({"splits": 1} if single else {})}, 4)
+            job(capability, _largest, {"x": vector, "magnitudes": integers, "keep": "i32", **selected, "n": "i32"}, {"BITS": bits, "BLOCK": block, "TICKETS": TICKETS, **one}, _warps(block))
+            job(capability, _above, {"x": vector, "threshold": "fp32", **selected, "n": "i32"}, {"NONZERO": block == 1, "BLOCK": block, "TICKETS": TICKETS, **one}, _warps(block))
+        for single in ({}, {"n_out": 1}, {"splits": 1}):
+            blocks = {"BLOCK_OUT": _BLOCK_OUT, "BLOCK_ROWS": _BLOCK_ROWS, "HAS_BIAS": True, **single}
+            pointers = {"x": vector, "weight": vector, "rows": "*i32", "count": "*i32", "tickets": "*i32", "sums": "*fp32", "bias": vector, "out": vector}
+            job(capability, _product, {**pointers, "n_out": "i32", "splits": "i32"}, blocks, _WARPS)
 
 
 def job(capability: int, kernel: object, signature: dict[str, str], constants: dict[str, int], warps: int) -> None:

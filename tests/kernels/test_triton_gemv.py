@@ -135,7 +135,7 @@ def test_a_selection_knows_its_vector() -> None:
     ({"weight": torch.zeros(9, 4)}, r"x is torch.float32 \(8,\).*must have 9 entries"),
     ({"weight": torch.zeros(8, 4, dtype=torch.float16)}, "x is torch.float32"),
     ({"bias": torch.zeros(3)}, r"bias is \(3,\)"),
-    ({"bias": torch.zeros(8)[::2]}, "bias is"),
+    ({"bias": torch.zeros(8, device=DEVICE)[::2]}, "bias is"),
 ])
 def test_what_does_not_fit_is_refused_before_the_kernel_sees_it(change: dict[str, Tensor], said: str) -> None:
     from kernels.cuda.selection import largest
@@ -147,7 +147,7 @@ def test_what_does_not_fit_is_refused_before_the_kernel_sees_it(change: dict[str
 
 
 @needs_triton
-@pytest.mark.parametrize("x", [torch.zeros(4, dtype=torch.float64), torch.zeros(8)[::2], torch.zeros(0)])
+@pytest.mark.parametrize("x", [torch.zeros(4, dtype=torch.float64), torch.zeros(8, device=DEVICE)[::2], torch.zeros(0)])
 def test_vectors_that_the_kernels_cannot_read_are_refused(x: Tensor) -> None:
     from kernels.cuda.selection import above, largest, nonzero
 
@@ -162,7 +162,7 @@ def test_kernels_compile_for_cuda() -> None:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     ran = subprocess.run([sys.executable, "-m", "tests.kernels.compile_triton", "90"], capture_output=True, text=True, check=False, cwd=ROOT, env=env)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert ran.stdout.count("cubin") == 16, ran.stdout
+    assert ran.stdout.count("cubin") == 14, ran.stdout
 
 
 def test_other_devices_have_no_executor_and_no_excuse() -> None:

@@ -123,6 +123,7 @@ def test_undo_is_exact_and_the_base_keeps_its_layout(llama: Bundle, variant: str
 @needs_triton
 @pytest.mark.usefixtures("as_on_cuda")
 def test_what_the_kernels_cannot_run_is_simulated_with_the_reason(llama: Bundle) -> None:
+    llama.model.to(DEVICE)
     report = larosa_report(llama, LaRoSA(sparsity=0.2, variant="cats"))
     assert report.label is Label.SIMULATED and "cats drops outputs" in report.notes[-1]
     llama.model.double()
