@@ -84,10 +84,17 @@ static int tiles_granted(void) {
     return granted;
 }
 
-static void configure_tiles(void) {
+/* Others configure a thread's registers once and count on it: `before` is what they set, for restore_tiles. */
+static void configure_tiles(struct tile_config *before) {
     struct tile_config config = {.palette = 1};
+    _tile_storeconfig(before);
     for (int i = 0; i < 8; i++) config.line_bytes[i] = 64, config.rows[i] = ROWS;
     _tile_loadconfig(&config);
+}
+
+static void restore_tiles(const struct tile_config *before) {
+    if (before->palette) _tile_loadconfig(before);
+    else _tile_release();
 }
 
 /* One or two blocks of tokens; the second one's begin `next` entries on. */
@@ -287,12 +294,13 @@ static int64_t multiply_many(struct product *p) {
             char *mine = own + (size_t)thread * (panel_bytes + sum_bytes);
             for (int64_t b = p->blocks * thread / ran; b < p->blocks * (thread + 1) / ran; b++) lay_out(p, b);
 #ifdef HAS_TILES
-            if (p->how == BY_TILES) configure_tiles();
+            struct tile_config before;
+            if (p->how == BY_TILES) configure_tiles(&before);
 #endif
             _Pragma("omp barrier")
             multiply_strips(p, mine + sum_bytes, (float *)mine, strips * thread / ran, strips * (thread + 1) / ran);
 #ifdef HAS_TILES
-            if (p->how == BY_TILES) _tile_release();
+            if (p->how == BY_TILES) restore_tiles(&before);
 #endif
         }
     }
