@@ -20,7 +20,7 @@ from core.technique import Technique
 from engines.methods import parse_method
 from engines.metrics import percentile
 from engines.speed.bandwidth import read_bandwidth
-from engines.speed.peers.names import COUNTERPARTS, load_peer, peer_methods
+from engines.speed.peers.names import COUNTERPARTS, load_peer, peer_methods, thread_for
 from engines.speed.shapes import EMBEDDED, apply_methods, load_shape, relu_zeros
 from engines.speed.sides import Side, cosine, in_turns, prompt
 
@@ -134,7 +134,7 @@ def _time_method(name: str, build: Callable[[], Side], run: _Run) -> tuple[dict[
 def _time_peer(name: str, ours: Sequence[dict[str, Any]], run: _Run) -> dict[str, Any]:
     """A rival's row; each of `ours`, rows of methods, gets its speed against the rival, measured in turns with it."""
     room = run.context + 2 * run.tokens + 2
-    row, rival = _time_method(name, lambda: Side.of_peer(load_peer(name, run.bases["bfloat16"], room), run.context), run)
+    row, rival = _time_method(name, lambda: Side.of_peer(partial(load_peer, name, run.bases["bfloat16"], room), run.context, thread_for(name)), run)
     if rival is None:
         return row
     row["settings"], row["logits_cosine"] = rival.settings, cosine(rival.logits, run.baseline().logits)

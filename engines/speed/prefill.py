@@ -17,7 +17,7 @@ from core.errors import FuseboxError
 from core.progress import Progress, Stop, silent
 from engines.metrics import percentile
 from engines.speed.decode import BASELINES, counterparts, parse_timed_method
-from engines.speed.peers.names import load_peer, peer_methods
+from engines.speed.peers.names import load_peer, peer_methods, thread_for
 from engines.speed.shapes import apply_methods, load_shape
 from engines.speed.sides import prompt
 from kernels.build import native
@@ -77,9 +77,10 @@ def time_prefill(
                 bundle = prepared(name)
                 row |= {"executor": _executor(bundle)} | _measure(ours(name, bundle), reference, tokens, rounds)
                 continue
-            peer = load_peer(name, base, tokens)
-            peer.settle(ids, "prefill")
-            theirs = partial(peer.prefill, ids)
+            thread = thread_for(name)
+            peer = thread(load_peer, name, base, tokens)
+            thread(peer.settle, ids, "prefill")
+            theirs = partial(thread, peer.prefill, ids)
             row |= _measure(theirs, reference, tokens, rounds) | {"executor": peer.executor, "settings": peer.settings}
             for one in out["rows"]:
                 if one["method"] in counterparts(name, methods) and "error" not in one:

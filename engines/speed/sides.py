@@ -14,6 +14,7 @@ import torch
 from core.bundle import Bundle, storage_bytes, tensors_of
 from core.decoding import decode_one_token, prefill
 from core.progress import Stop
+from engines.speed.peers.own_thread import here
 from engines.speed.peers.peer import Peer
 
 _WARM_UP = 2
@@ -30,7 +31,7 @@ class Side:
     """What is timed.
 
     step: a token -> the next token, greedily. crop: forgets the last n tokens. logits: after the context, [vocab_size].
-    bytes_per_token: weights and cache entries that one step reads, asked after the steps.
+    bytes_per_token: weights and cache entries that one step reads, asked after the steps. thread: where the steps run.
     """
 
     executor: str
@@ -39,6 +40,7 @@ class Side:
     logits: np.ndarray[Any, Any]
     bytes_per_token: Callable[[], int]
     settings: dict[str, Any] | None = None
+    thread: Callable[..., Any] = here
     steps_s: list[float] = field(default_factory=list)
 
     @classmethod
@@ -52,13 +54,14 @@ class Side:
         return side.warmed_up()
 
     @classmethod
-    def of_peer(cls, peer: Peer, context: int) -> Side:
-        """A rival after `context` tokens, in the faster of the settings that it chooses between."""
+    def of_peer(cls, load: Callable[[], Peer], context: int, thread: Callable[..., Any] = here) -> Side:
+        """A rival after `context` tokens, in the faster of the settings that it chooses between; everything of it runs in `thread`."""
         ids = prompt(context)
-        peer.settle(ids, "decode")
-        logits = peer.prefill(ids).copy()
+        peer: Peer = thread(load)
+        thread(peer.settle, ids, "decode")
+        logits = thread(peer.prefill, ids).copy()
         read = peer.weight_bytes + context * peer.kv_bytes_per_token
-        return cls(peer.executor, lambda token: int(peer.decode(token).argmax()), peer.crop, logits, lambda: read, peer.settings).warmed_up()
+        return cls(peer.executor, lambda token: int(peer.decode(token).argmax()), peer.crop, logits, lambda: read, peer.settings, thread).warmed_up()
 
     def warmed_up(self) -> Side:
         """This side after some steps that do not count."""
@@ -68,6 +71,9 @@ class Side:
 
     def run(self, tokens: int) -> None:
         """Decode some tokens, keep the time of each, and put the cache back."""
+        self.thread(self._run, tokens)
+
+    def _run(self, tokens: int) -> None:
         token = _FIRST
         for _ in range(tokens):
             began = time.perf_counter()

@@ -322,5 +322,24 @@ int64_t fusebox_gemm(const struct matrix *w, void *y, const void *x, int64_t tok
     return 1;
 }
 
+/* Exchanges the matrix registers' configuration of each thread with 64 bytes of `configurations`; zeros release them. For foreign code that
+ * configures a thread once: it is called between two of these. 0 where there are no such registers. */
+int64_t fusebox_exchange_tiles(uint8_t *configurations) {
+#ifdef HAS_TILES
+    if (!tiles_granted()) return 0;
+    _Pragma("omp parallel")
+    {
+        struct tile_config before, *wanted = (struct tile_config *)configurations + omp_get_thread_num();
+        _tile_storeconfig(&before);
+        restore_tiles(wanted);
+        *wanted = before;
+    }
+    return 1;
+#else
+    (void)configurations;
+    return 0;
+#endif
+}
+
 /* How bfloat16 prompts are multiplied here: 0 as float, 1 by AVX512-BF16, 2 in matrix registers. */
 int64_t fusebox_gemm_way(void) { return way_for(1); }

@@ -20,6 +20,10 @@ from core.bundle import Bundle
 from core.errors import FuseboxError, OutOfMemory
 from engines.speed.peers.gguf_writer import write_gguf
 from engines.speed.peers.peer import LlamaShape
+from kernels.tiles import tiles_configured
+
+_TILE_ROWS, _TILE_LINE_BYTES = (8, 8, 16, 16, 16, 16, 16, 16), (64, 64, 32, 32, 64, 64, 64, 64)
+"""How its kernels for AMX configure a thread, once."""
 
 _TRIALS = 3
 _TRIAL_STEPS = 8
@@ -100,8 +104,9 @@ class LlamaCpp:
         """As `Peer.prefill`, in batches of up to 512 tokens."""
         self._api.llama_memory_clear(self._memory(), False)
         self._held = 0
-        for start in range(0, len(ids), 512):
-            logits = self._run(ids[start : start + 512])
+        with tiles_configured(_TILE_ROWS, _TILE_LINE_BYTES):
+            for start in range(0, len(ids), 512):
+                logits = self._run(ids[start : start + 512])
         return logits
 
     def decode(self, token: int) -> np.ndarray[Any, Any]:

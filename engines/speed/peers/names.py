@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from core.bundle import Bundle
 from core.errors import InvalidRequest, MissingDependency
+from engines.speed.peers.own_thread import OwnThread, here
 from engines.speed.peers.peer import Peer
 
 WEIGHTS = {"llama.cpp": ("Q8_0", "Q4_0", "BF16"), "openvino": ("int8",)}
@@ -68,3 +70,8 @@ def load_peer(method: str, bundle: Bundle, context: int) -> Peer:
     from engines.speed.peers.openvino_runner import OpenVino
 
     return OpenVino.over(bundle, form)
+
+
+def thread_for(method: str) -> Callable[..., Any]:
+    """Calls a function where a rival must run: `thread_for(method)(function, *args)`."""
+    return OwnThread() if method.partition(":")[0] == "openvino" else here
