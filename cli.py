@@ -153,7 +153,7 @@ def bench_kernels(json_path: Annotated[Path | None, typer.Option("--json", help=
 
 
 def _bench(json_path: Path | None, runs: Sequence[Callable[..., dict[str, Any]]], columns: Sequence[str]) -> None:
-    """Run, print the columns of all rows, and write everything where asked to."""
+    """Run, print the columns of all rows, and write everything where asked to, after each run: the next may use up the memory."""
     import datetime
 
     from core.files import write_text
@@ -161,15 +161,17 @@ def _bench(json_path: Path | None, runs: Sequence[Callable[..., dict[str, Any]]]
     from engines.export import to_json
 
     check_writable(json_path)
-    results = [run(progress=_show_progress) for run in runs]
-    for result in results:
+    results: list[dict[str, Any]] = []
+    for run in runs:
+        result = run(progress=_show_progress)
+        results.append(result)
         print("\n" + "  ".join(f"{name}" for name in columns) + (f"   [{result['shape']}]" if "shape" in result else ""))
         for row in result.get("rows", ()):
             print(f"{row['method']}: {row['error']}" if "error" in row else "  ".join(_cell(row.get(name)) for name in columns))
         if "error" in result:
             print(result["error"])
-    if json_path is not None:
-        write_text(json_path, to_json({"results": results, "date": datetime.date.today().isoformat(), "provenance": provenance()}))
+        if json_path is not None:
+            write_text(json_path, to_json({"results": results, "date": datetime.date.today().isoformat(), "provenance": provenance()}))
 
 
 def _cell(value: Any) -> str:

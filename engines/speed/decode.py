@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from core.bundle import Bundle
 from core.compatibility import ordered
 from core.errors import FuseboxError
-from core.memory import last_level_cache_bytes, peak_resident_bytes, reset_peak
+from core.memory import last_level_cache_bytes, peak_resident_bytes, reset_peak, return_freed_memory
 from core.progress import Progress, silent
 from core.technique import Technique
 from engines.methods import parse_method
@@ -122,6 +123,8 @@ def _as_dtype(base: Bundle, shape: str, dtype: str) -> Bundle:
 
 def _time_method(name: str, build: Callable[[], Side], run: _Run) -> tuple[dict[str, Any], Side | None]:
     """A row against the baseline, and the side it was measured on."""
+    gc.collect()  # the side before this one holds itself by its hooks
+    return_freed_memory()
     counted = reset_peak()
     try:
         side = build()
