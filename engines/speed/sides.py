@@ -102,9 +102,9 @@ def bytes_per_token(bundle: Bundle, context: int) -> int:
         return int(decoder.compiled.program.weight_bytes_per_step(decoder.steps)) + kv
     everything = storage_bytes(tensors_of([bundle.model]))
     table: Any = bundle.model.get_input_embeddings()
-    head: Any = bundle.model.get_output_embeddings()
-    tied = table.weight.data_ptr() == head.weight.data_ptr()
-    return sum(everything.values()) - (0 if tied else int(table.weight.nbytes)) + kv
+    by_the_head = storage_bytes(tensors_of([bundle.model.get_output_embeddings()]))
+    unread = sum(size for address, size in storage_bytes([table.weight]).items() if address not in by_the_head)
+    return sum(everything.values()) - unread + kv
 
 
 def cosine(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
