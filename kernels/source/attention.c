@@ -3,7 +3,8 @@
 #include "vector.h"
 #include <omp.h>
 
-#define PASS 4 /* vectors of the values that stay in registers, for each head, while the tokens go by */
+/* Vectors of the values that stay in registers, for each of `group` heads, while the tokens go by. */
+#define PASS(group) (REGISTERS / 2 / (group) < 4 ? REGISTERS / 2 / (group) : 4)
 
 /* Write one head's vector as token `token` of the keys or the values. */
 void fusebox_append(const struct cached *kv, int64_t is_value, int64_t token, int64_t head, const float *x) {
@@ -29,11 +30,11 @@ void fusebox_append(const struct cached *kv, int64_t is_value, int64_t token, in
     INLINE void scores_##SUFFIX(float *restrict scores, int64_t room, const float *restrict q, int64_t q_stride, const TYPE *restrict key, \
                                 int64_t stride, int64_t dim, int64_t tokens, float scale, const float *restrict scales, int64_t heads, const int group) { \
         for (int64_t t = 0; t < tokens; t++, key += stride) {                                                              \
-            f32x16 sum[GROUP] = {0};                                                                                       \
+            f32v sum[GROUP] = {0};                                                                                       \
             int64_t j = 0;                                                                                                 \
             for (; j + LANES <= dim; j += LANES) {                                                                         \
-                f32x16 k = load_##SUFFIX(key + j);                                                                         \
-                for (int g = 0; g < group; g++) sum[g] += load_f32(q + g * q_stride + j) * k;                              \
+                f32v k = load_##SUFFIX(key + j);                                                                         \
+                for (int g = 0; g < group; g++) sum[g] = added(sum[g], load_f32(q + g * q_stride + j), k);                 \
             }                                                                                                              \
             float factor = scale * (scales ? scales[t * heads] : 1.0f);                                                    \
             for (int g = 0; g < group; g++) {                                                                              \
@@ -45,22 +46,23 @@ void fusebox_append(const struct cached *kv, int64_t is_value, int64_t token, in
     }                                                                                                                      \
     INLINE void values_##SUFFIX(float *restrict out, int64_t out_stride, const float *restrict shares, int64_t room,       \
                                 const TYPE *restrict value, int64_t stride, int64_t dim, int64_t tokens, const int group) { \
+        const int pass = PASS(group);                                                                                      \
         int64_t j = 0;                                                                                                     \
-        for (; j + PASS * LANES <= dim; j += PASS * LANES) {                                                               \
-            f32x16 sum[GROUP * PASS] = {0};                                                                                \
+        for (; j + pass * LANES <= dim; j += pass * LANES) {                                                               \
+            f32v sum[REGISTERS / 2] = {0};                                                                                 \
             for (int64_t t = 0; t < tokens; t++)                                                                           \
-                for (int v = 0; v < PASS; v++) {                                                                           \
-                    f32x16 w = load_##SUFFIX(value + t * stride + j + v * LANES);                                          \
-                    for (int g = 0; g < group; g++) sum[g * PASS + v] += shares[g * room + t] * w;                         \
+                for (int v = 0; v < pass; v++) {                                                                           \
+                    f32v w = load_##SUFFIX(value + t * stride + j + v * LANES);                                          \
+                    for (int g = 0; g < group; g++) sum[g * pass + v] = added(sum[g * pass + v], splat(shares[g * room + t]), w); \
                 }                                                                                                          \
             for (int g = 0; g < group; g++)                                                                                \
-                for (int v = 0; v < PASS; v++) store_f32(out + g * out_stride + j + v * LANES, sum[g * PASS + v]);         \
+                for (int v = 0; v < pass; v++) store_f32(out + g * out_stride + j + v * LANES, sum[g * pass + v]);         \
         }                                                                                                                  \
         for (; j + LANES <= dim; j += LANES) {                                                                             \
-            f32x16 sum[GROUP] = {0};                                                                                       \
+            f32v sum[GROUP] = {0};                                                                                       \
             for (int64_t t = 0; t < tokens; t++) {                                                                         \
-                f32x16 w = load_##SUFFIX(value + t * stride + j);                                                          \
-                for (int g = 0; g < group; g++) sum[g] += shares[g * room + t] * w;                                        \
+                f32v w = load_##SUFFIX(value + t * stride + j);                                                          \
+                for (int g = 0; g < group; g++) sum[g] = added(sum[g], splat(shares[g * room + t]), w);                    \
             }                                                                                                              \
             for (int g = 0; g < group; g++) store_f32(out + g * out_stride + j, sum[g]);                                   \
         }                                                                                                                  \
@@ -80,10 +82,10 @@ DEFINE_PASSES(i8, int8_t)
 static float softened(float *scores, int64_t n) {
     float most = -INFINITY;
     for (int64_t i = 0; i < n; i++) most = scores[i] > most ? scores[i] : most;
-    f32x16 sum = {0};
+    f32v sum = {0};
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) {
-        f32x16 e = exp_f32(load_f32(scores + i) - most);
+        f32v e = exp_f32(load_f32(scores + i) - most);
         store_f32(scores + i, e);
         sum += e;
     }

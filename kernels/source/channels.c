@@ -10,18 +10,27 @@ static inline uint32_t magnitude_bits(float v) { /* orders as |v| does */
     return bits & MAGNITUDE;
 }
 
-/* Append to rows the indices i to i + 15 that `chosen` marks; returns how many. Room for 16 is needed whatever is chosen. */
-#ifdef __AVX512F__
+/* Append to rows the indices from i on that `chosen` marks; returns how many. Room for LANES is needed whatever is chosen. */
+#if defined(__AVX512F__)
 typedef __mmask16 marks;
-INLINE marks marked(i32x16 chosen) { return _mm512_movepi32_mask((__m512i)chosen); }
+INLINE marks marked(i32v chosen) { return _mm512_movepi32_mask((__m512i)chosen); }
 INLINE int64_t append(int32_t *rows, int64_t i, marks chosen) {
     const __m512i steps = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     _mm512_storeu_si512(rows, _mm512_maskz_compress_epi32(chosen, _mm512_add_epi32(steps, _mm512_set1_epi32((int)i))));
     return __builtin_popcount(chosen);
 }
+#elif defined(__AVX2__)
+typedef unsigned marks;
+INLINE marks marked(i32v chosen) { return (unsigned)_mm256_movemask_ps((__m256)chosen); }
+INLINE int64_t append(int32_t *rows, int64_t i, marks chosen) {
+    int64_t count = 0;
+    _Pragma("GCC unroll 8")
+    for (int k = 0; k < LANES; k++) rows[count] = (int32_t)(i + k), count += chosen >> k & 1;
+    return count;
+}
 #else
-typedef i32x16 marks;
-INLINE marks marked(i32x16 chosen) { return chosen; }
+typedef i32v marks;
+INLINE marks marked(i32v chosen) { return chosen; }
 INLINE int64_t append(int32_t *rows, int64_t i, marks chosen) {
     int64_t count = 0;
     for (int k = 0; k < LANES; k++) rows[count] = (int32_t)(i + k), count -= chosen[k];
@@ -29,12 +38,12 @@ INLINE int64_t append(int32_t *rows, int64_t i, marks chosen) {
 }
 #endif
 
-INLINE i32x16 magnitudes(const float *x) { return (i32x16)(as_u32(load_f32(x)) & MAGNITUDE); }
+INLINE i32v magnitudes(const float *x) { return (i32v)(as_u32(load_f32(x)) & MAGNITUDE); }
 
 /* Indices of entries whose magnitude bits are at least `floor`, ascending; returns how many. */
 static int64_t reaching(int32_t *restrict rows, const float *restrict x, int64_t n, uint32_t floor) {
     int64_t count = 0, i = 0;
-    for (; i + LANES <= n; i += LANES) count += append(rows + count, i, marked(magnitudes(x + i) >= (i32x16){0} + (int32_t)floor));
+    for (; i + LANES <= n; i += LANES) count += append(rows + count, i, marked(magnitudes(x + i) >= (i32v){0} + (int32_t)floor));
     for (; i < n; i++)
         if (magnitude_bits(x[i]) >= floor) rows[count++] = (int32_t)i;
     return count;
@@ -54,9 +63,9 @@ int64_t fusebox_above(int32_t *restrict rows, const float *restrict x, int64_t n
 
 /* How many entries have magnitude bits of at least `floor`. */
 static int64_t at_least(const float *x, int64_t n, uint32_t floor) {
-    i32x16 counts = {0};
+    i32v counts = {0};
     int64_t i = 0, total = 0;
-    for (; i + LANES <= n; i += LANES) counts -= magnitudes(x + i) >= (i32x16){0} + (int32_t)floor;
+    for (; i + LANES <= n; i += LANES) counts -= magnitudes(x + i) >= (i32v){0} + (int32_t)floor;
     for (int k = 0; k < LANES; k++) total += counts[k];
     for (; i < n; i++) total += magnitude_bits(x[i]) >= floor;
     return total;

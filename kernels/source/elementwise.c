@@ -3,7 +3,7 @@
 #include "vector.h"
 
 static float total_of(const float *x, int64_t n) {
-    f32x16 sum = {0};
+    f32v sum = {0};
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) sum += load_f32(x + i);
     float total = sum_of(sum);
@@ -12,10 +12,10 @@ static float total_of(const float *x, int64_t n) {
 }
 
 static float squares_of(const float *x, int64_t n, float mean) {
-    f32x16 sum = {0};
+    f32v sum = {0};
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) {
-        f32x16 v = load_f32(x + i) - mean;
+        f32v v = load_f32(x + i) - mean;
         sum += v * v;
     }
     float total = sum_of(sum);
@@ -50,18 +50,18 @@ void fusebox_rope(float *x, const float *cosine, const float *sine, int64_t head
 
 enum { SILU, RELU, GELU, GELU_TANH };
 
-INLINE f32x16 tanh_f32(f32x16 x) { /* 1 - 2 / (e^2x + 1); tiny x loses nothing that float keeps after the sum with 1 */
+INLINE f32v tanh_f32(f32v x) { /* 1 - 2 / (e^2x + 1); tiny x loses nothing that float keeps after the sum with 1 */
     return 1.0f - 2.0f / (exp_f32(2.0f * x) + 1.0f);
 }
 
-INLINE f32x16 erf_f32(f32x16 x) { /* Abramowitz and Stegun 7.1.26: 1.5e-7 absolute */
-    f32x16 a = as_f32(as_u32(x) & 0x7fffffffu), t = 1.0f / (1.0f + 0.3275911f * a);
-    f32x16 p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
-    f32x16 y = 1.0f - p * exp_f32(-a * a);
+INLINE f32v erf_f32(f32v x) { /* Abramowitz and Stegun 7.1.26: 1.5e-7 absolute */
+    f32v a = as_f32(as_u32(x) & 0x7fffffffu), t = 1.0f / (1.0f + 0.3275911f * a);
+    f32v p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
+    f32v y = 1.0f - p * exp_f32(-a * a);
     return as_f32(as_u32(y) | (as_u32(x) & 0x80000000u));
 }
 
-INLINE f32x16 activated(f32x16 v, int64_t kind) {
+INLINE f32v activated(f32v v, int64_t kind) {
     switch (kind) {
     case SILU: return v / (1.0f + exp_f32(-v));
     case RELU: return choose(v <= splat(0.0f), splat(0.0f), v); /* NaN stays NaN */
@@ -76,7 +76,7 @@ void fusebox_activate(float *out, const float *x, const float *gated, int64_t n,
         float in[LANES] = {0}, factor[LANES] = {0}, result[LANES];
         int64_t width = n - i < LANES ? n - i : LANES;
         memcpy(in, x + i, (size_t)width * sizeof *in);
-        f32x16 v = activated(load_f32(in), kind);
+        f32v v = activated(load_f32(in), kind);
         if (gated) {
             memcpy(factor, gated + i, (size_t)width * sizeof *factor);
             v *= load_f32(factor);

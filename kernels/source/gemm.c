@@ -19,23 +19,18 @@ enum { BY_FLOAT, BY_BF16, BY_TILES };
 
 /* Each of these: sums[ROWS][STRIP] (+)= a[ROWS] b[STRIP] over `depth` input channels. */
 
-#ifdef __AVX512F__
-#define SUM_ROWS 8
+#define SUM_ROWS (REGISTERS / 4)
 #define SUM_VECTORS 2
-#else /* 16 registers */
-#define SUM_ROWS 4
-#define SUM_VECTORS 1
-#endif
 
 static void multiply_f32(float *restrict sums, const float *restrict a, const float *restrict b, int64_t depth, int first) {
     for (int r = 0; r < ROWS; r += SUM_ROWS)
-        for (int v = 0; v < STRIP / LANES; v += SUM_VECTORS) {
-            f32x16 s[SUM_ROWS][SUM_VECTORS] = {0};
+        for (int v = 0; v < STRIP_VECTORS; v += SUM_VECTORS) {
+            f32v s[SUM_ROWS][SUM_VECTORS] = {0};
             for (int64_t k = 0; k < depth; k++)
                 for (int j = 0; j < SUM_VECTORS; j++) {
-                    f32x16 value = load_f32(b + k * STRIP + (v + j) * LANES);
+                    f32v value = load_f32(b + k * STRIP + (v + j) * LANES);
                     _Pragma("GCC unroll 8")
-                    for (int i = 0; i < SUM_ROWS; i++) s[i][j] += value * a[k * ROWS + r + i];
+                    for (int i = 0; i < SUM_ROWS; i++) s[i][j] = added(s[i][j], value, splat(a[k * ROWS + r + i]));
                 }
             for (int i = 0; i < SUM_ROWS; i++)
                 for (int j = 0; j < SUM_VECTORS; j++) {
@@ -207,9 +202,9 @@ static struct ending ending_of(const struct matrix *w, int64_t output) {
 }
 
 INLINE void finish_row(char *to, const float *sums, const struct ending *e, const int is_bf16) {
-    f32x16 value[2];
-    for (int j = 0; j < 2; j++) value[j] = load_f32(sums + j * LANES) * load_f32(e->scale + j * LANES) + load_f32(e->bias + j * LANES);
-    for (int j = 0; j < 2; j++) {
+    f32v value[STRIP_VECTORS];
+    for (int j = 0; j < STRIP_VECTORS; j++) value[j] = load_f32(sums + j * LANES) * load_f32(e->scale + j * LANES) + load_f32(e->bias + j * LANES);
+    for (int j = 0; j < STRIP_VECTORS; j++) {
         if (is_bf16) store_bf16((uint16_t *)to + j * LANES, value[j]);
         else store_f32((float *)to + j * LANES, value[j]);
     }

@@ -9,19 +9,21 @@
 #define TOGETHER 16 /* rows at most; 8 are enough where no scales follow */
 #define FAR (16 * 1024) /* bytes between asking for a line and using it */
 
-/* One pass: `count` rows' weights of one tile are added to the sums. */
+/* One pass: `count` rows' weights of one tile are added to the sums, as many of them at a time as registers hold. */
 #define DEFINE_PASS(NAME, TYPE, LOAD)                                                                                      \
     INLINE void NAME(float *restrict sum, const float *restrict values, const char *const *rows, int64_t at, int64_t count) { \
-        f32x16 s[MOST];                                                                                                    \
-        _Pragma("GCC unroll 8")                                                                                            \
-        for (int v = 0; v < MOST; v++) s[v] = load_f32(sum + v * LANES);                                                   \
-        for (int64_t r = 0; r < count; r++) {                                                                              \
-            const TYPE *w = (const TYPE *)(rows[r] + at);                                                                  \
+        for (int from = 0; from < MOST; from += HELD) {                                                                    \
+            f32v s[HELD];                                                                                                  \
             _Pragma("GCC unroll 8")                                                                                        \
-            for (int v = 0; v < MOST; v++) s[v] += values[r] * LOAD(w + v * LANES);                                        \
+            for (int v = 0; v < HELD; v++) s[v] = load_f32(sum + (from + v) * LANES);                                      \
+            for (int64_t r = 0; r < count; r++) {                                                                          \
+                const TYPE *w = (const TYPE *)(rows[r] + at) + from * LANES;                                               \
+                _Pragma("GCC unroll 8")                                                                                    \
+                for (int v = 0; v < HELD; v++) s[v] = added(s[v], splat(values[r]), LOAD(w + v * LANES));                  \
+            }                                                                                                              \
+            _Pragma("GCC unroll 8")                                                                                        \
+            for (int v = 0; v < HELD; v++) store_f32(sum + (from + v) * LANES, s[v]);                                      \
         }                                                                                                                  \
-        _Pragma("GCC unroll 8")                                                                                            \
-        for (int v = 0; v < MOST; v++) store_f32(sum + v * LANES, s[v]);                                                   \
     }
 
 DEFINE_PASS(pass_f32, float, load_f32)
@@ -30,15 +32,17 @@ DEFINE_PASS(pass_i8, int8_t, load_i8)
 
 /* int4: the rows are of one group, whose scales follow. */
 INLINE void pass_i4(float *restrict sum, const float *restrict values, const char *const *rows, int64_t at, const uint16_t *restrict scales, int64_t count) {
-    f32x16 s[MOST] = {0};
-    for (int64_t r = 0; r < count; r++) {
-        u32x16 words;
-        memcpy(&words, rows[r] + at, sizeof words);
-        _Pragma("GCC unroll 8")
-        for (int v = 0; v < MOST; v++) s[v] += values[r] * unpacked(words, v);
-    }
     _Pragma("GCC unroll 8")
-    for (int v = 0; v < MOST; v++) store_f32(sum + v * LANES, load_f32(sum + v * LANES) + s[v] * load_bf16(scales + v * LANES));
+    for (int from = 0; from < MOST; from += HELD) {
+        f32v s[HELD] = {0};
+        for (int64_t r = 0; r < count; r++) {
+            const struct codes codes = load_codes((const uint32_t *)(rows[r] + at));
+            _Pragma("GCC unroll 8")
+            for (int v = 0; v < HELD; v++) s[v] = added(s[v], splat(values[r]), unpacked(&codes, from + v));
+        }
+        _Pragma("GCC unroll 8")
+        for (int v = 0; v < HELD; v++) store_f32(sum + (from + v) * LANES, added(load_f32(sum + (from + v) * LANES), s[v], load_bf16(scales + (from + v) * LANES)));
+    }
 }
 
 /* Where the lines that are asked for stand: row `next` and its fellows, `at` of `row_bytes` bytes into each; rows begin `stride` bytes apart. */

@@ -5,19 +5,41 @@
 #include "fusebox.h"
 #include "vector.h"
 
-#define MOST (TILE / LANES)
+#define MOST (TILE / LANES) /* vectors of a tile */
+#define HELD 8 /* vectors of sums that registers hold, with room to hide the time that an addition takes */
 
 INLINE int64_t tiles_of(const struct matrix *w) { return (w->out + TILE - 1) / TILE; }
 INLINE int64_t tile_stride_of(const struct matrix *w) { return w->row_tiles ? TILE : w->in * TILE; }
 INLINE int64_t row_stride_of(const struct matrix *w) { return w->row_tiles ? w->row_tiles * TILE : TILE; }
 
-/* The four-bit codes of 16 outputs as numbers: nibble `v` of each 32-bit word, minus 8. */
-INLINE f32x16 unpacked(u32x16 words, int v) {
+/* int4: one input channel's codes of a tile are sixteen words of 32 bits; output j is nibble j / 16 of word j % 16. */
+#define WORDS (TILE / 8)
+#define WORD_VECTORS (WORDS / LANES)
+
+struct codes {
+    u32v words[WORD_VECTORS];
+};
+
+INLINE struct codes load_codes(const uint32_t *p) {
+    struct codes c;
+    for (int i = 0; i < WORD_VECTORS; i++) { /* one by one: what is copied in other pieces has to pass through memory */
+        memcpy(&c.words[i], p + i * LANES, sizeof c.words[i]);
+#ifndef __AVX512F__
+        c.words[i] ^= 0x88888888u; /* code + 8 becomes the code itself, of four signed bits */
+#endif
+    }
+    return c;
+}
+
+/* The codes of vector `v` of the tile's outputs as numbers: nibbles minus 8. `v` is best a constant. */
+INLINE f32v unpacked(const struct codes *c, int v) {
+    const u32v words = c->words[v % WORD_VECTORS];
+    const int shift = v / WORD_VECTORS * 4;
 #ifdef __AVX512F__
     const __m512 table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-    return (f32x16)_mm512_permutexvar_ps((__m512i)(words >> (4 * v)), table); /* reads the low four bits only */
+    return (f32v)_mm512_permutexvar_ps((__m512i)(words >> shift), table); /* reads the low four bits only */
 #else
-    return __builtin_convertvector((i32x16)((words >> (4 * v)) & 15u), f32x16) - 8.0f;
+    return __builtin_convertvector((i32v)(words << (28 - shift)) >> 28, f32v);
 #endif
 }
 
