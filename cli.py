@@ -71,6 +71,34 @@ def train_chat_command(
     print(f"\n{report.steps} steps in {report.seconds:.0f} s, last loss {report.losses[-1][1]:.3f}; saved to {output}")
 
 
+@train_app.command("classifier")
+def train_classifier_command(
+    model: Annotated[str, typer.Option(help="Language model to start from: embedded, owner/name of the hub, or a local folder.")] = "embedded",
+    dataset: Annotated[str, typer.Option(help="embedded, a local folder with train and validation files, or a data set of the hub.")] = "embedded",
+    output: Annotated[Path, typer.Option(help="Model folder to write.")] = Path("work/classifier"),
+    work: Annotated[Path | None, typer.Option(help="Folder of the checkpoint that an interrupted run resumes from.")] = None,
+    epochs: Annotated[int, typer.Option(min=1)] = 6,
+    learning_rate: Annotated[float, typer.Option(help="At its peak.")] = 3e-4,
+    batch: Annotated[int, typer.Option(min=1)] = 32,
+    limit: Annotated[int | None, typer.Option(min=1, help="Train on at most so many examples.")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Fine-tune a language model into a classifier of a labelled data set, and score it."""
+    from core.classifier import load_classifier
+    from core.labelled_data import load_labelled
+    from engines.embedded.classifier_tuning import ClassifierPlan, save_classifier, tune_classifier, validate
+
+    plan = ClassifierPlan(epochs=epochs, learning_rate=learning_rate, batch=batch, limit=limit, seed=seed)
+    data = load_labelled(dataset)
+    classifier = load_classifier(model, data.labels, progress=_show_progress)
+    before = validate(classifier, data)
+    report = tune_classifier(classifier, data, plan, checkpoint=work, progress=_show_progress)
+    base = Path(model).name if Path(model).is_dir() else model
+    scored = save_classifier(classifier, data, plan, report, output, base)
+    low, high = scored.interval
+    print(f"\n{scored.share:.1%} ({low:.1%} to {high:.1%}) of {scored.examples} right, {before.share:.1%} before training, chance {data.chance:.1%}; {report.steps} steps in {report.seconds:.0f} s; saved to {output}")
+
+
 @train_app.command("evaluate-chat")
 def evaluate_chat_command(
     model: Annotated[str, typer.Option(help="Model to evaluate.")] = "embedded",

@@ -168,8 +168,11 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "larosa-embedded": ("larosa-embedded.json", larosa_table),
     "larosa-stories260k": ("larosa-stories260k.json", larosa_table),
     "decode": ("decode.json", decode_table),
+    "decode-avx2": ("decode-avx2.json", decode_table),
     "prefill": ("prefill.json", prefill_table),
+    "prefill-avx2": ("prefill-avx2.json", prefill_table),
     "kernels": ("kernels.json", kernels_table),
+    "kernels-avx2": ("kernels-avx2.json", kernels_table),
     "kv": ("kv.json", kv_table),
     "model-card": ("chat-model-card.json", model_card_table),
 }

@@ -25,11 +25,17 @@ log = logging.getLogger(__name__)
 
 EMBEDDED_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "models"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_OTHER_TASKS = ("ForSequenceClassification", "ForQuestionAnswering")
 _HEADROOM = 1.15  # a load holds the weights and a few working buffers
 
 
 def embedded_models() -> dict[str, Path]:
     """Names of the causal language models that ship with the app; `embedded` is the default one."""
+    return {name: folder for name, folder in _embedded_folders().items() if not any(task in (folder / "config.json").read_text(encoding="utf-8") for task in _OTHER_TASKS)}
+
+
+def _embedded_folders() -> dict[str, Path]:
+    """Every model that ships with the app."""
     found = {p.parent.name: p.parent for p in sorted(EMBEDDED_FOLDER.glob("*/config.json"))}
     return {("embedded" if name == "chat" else f"embedded/{name}"): folder for name, folder in found.items()}
 
@@ -42,7 +48,7 @@ def locate(model_id: str, revision: str | None = None, progress: Progress = sile
     """
     if not isinstance(model_id, str) or not model_id.strip() or "\0" in model_id or len(model_id) > 300:
         raise InvalidRequest(f"The model is {str(model_id)[:80]!r}; use embedded, owner/name of the hub, or a local folder.")
-    embedded = embedded_models()
+    embedded = _embedded_folders()
     if model_id in embedded:
         return embedded[model_id], _content_hash(embedded[model_id]), "embedded"
     if model_id.split("/", maxsplit=1)[0] == "embedded":

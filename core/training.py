@@ -39,7 +39,7 @@ class TrainingPlan:
     schedule: str = "cosine"  # cosine | linear | trapezoid (constant, then linear over the last 40 %)
     final_fraction: float = 0.02
     grad_clip: float = 1.0
-    bf16: bool = True
+    bf16: bool = True  # autocast, where the device multiplies bfloat16
     seed: int = 0
     save_every_s: float = 300.0
     evaluate_every: int = 0  # steps; 0: never
@@ -80,6 +80,11 @@ class TrainingReport:
     losses: list[tuple[int, float]] = field(default_factory=list)
     evaluations: list[tuple[int, float]] = field(default_factory=list)
     stopped: str | None = None  # None | "stop requested" | "no improvement"
+
+
+def multiplies_bf16(device: str) -> bool:
+    """Whether products of bfloat16 are fast on the device; a CPU without instructions for them is several times slower than in float32."""
+    return device != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _optimizers(parameters: Sequence[nn.Parameter], plan: TrainingPlan, matrices: Sequence[nn.Parameter]) -> list[torch.optim.Optimizer]:
@@ -172,7 +177,7 @@ class _Loop:
             peak = (self.plan.muon_learning_rate or 0.0) if is_muon else self.plan.learning_rate
             for group in optimizer.param_groups:
                 group["lr"] = peak * self.plan.rate(step)
-        with torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16, enabled=self.plan.bf16):
+        with torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16, enabled=self.plan.bf16 and multiplies_bf16(self.accelerator.device.type)):
             value = loss(self.model, batch)
         if not torch.isfinite(value):
             raise CalibrationError(f"The loss became {float(value.detach())} at step {step}. Lower the learning rate or check the data for empty rows.")
