@@ -20,6 +20,7 @@ from engines.prompting import has_visible_text
 MAX_FILE_BYTES = 64 * 2**20
 MAX_KEYWORDS, MAX_SHORT = 50, 100
 COLUMNS = ("question", "kind", "keywords", "id")
+_ALSO = {"query": "question", "prompt": "question", "expected_keywords": "keywords", "type": "kind"}
 _HELP = f"The columns are question and, where wanted, kind, keywords (parted by ;) and id; at most {MAX_QUERIES:,} queries of {MAX_CHARACTERS:,} characters."
 _FOREIGN = ((b"PK\x03\x04", "a spreadsheet or zip file"), (b"%PDF", "a PDF file"), (b"\x1f\x8b", "a gzip file"), (b"\x89PNG", "a picture"))
 
@@ -120,7 +121,7 @@ def _csv_fault(error: csv.Error) -> str:
 
 
 def _header(cells: list[str], where: str) -> list[str]:
-    names = [cell.strip().lower() for cell in cells]
+    names = [_ALSO.get(name, name) for name in (cell.strip().lower() for cell in cells)]
     if len(names) == 1 and (";" in names[0] or "\t" in names[0]):
         raise InvalidRequest(f"{where}: the columns are parted by something else than commas. Save the file with commas.")
     for name in names:
@@ -149,7 +150,9 @@ def _json_rows(text: str, shown: str) -> Iterator[_Row]:
         where = f"{shown}, query {place + 1}" + (f", line {lines[place]}" if place < len(lines) else "")
         if not isinstance(entry, (str, dict)):
             raise InvalidRequest(f"{where}: this is neither a text nor an object with a question.")
-        values = {"question": entry} if isinstance(entry, str) else entry
+        values = {"question": entry} if isinstance(entry, str) else {_ALSO.get(k, k): v for k, v in entry.items()}
+        if isinstance(entry, dict) and len(values) < len(entry):
+            raise InvalidRequest(f"{where}: a field is there twice, under two names. Keep one.")
         unknown = next((k for k in values if k not in COLUMNS), None)
         if unknown is not None:
             raise InvalidRequest(f"{where}: there is no field {unknown[:40]!r}. {_HELP}")

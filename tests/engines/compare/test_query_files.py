@@ -63,7 +63,9 @@ def test_built_in_file_and_a_record_are_query_files() -> None:
         ("a.txt", b"\n\n", "is empty"),
         ("a.csv", b"question,kind\n", "no query in it"),
         ("a.json", b"[]", "no query in it"),
-        ("a.csv", b"prompt,kind\nx,y\n", "line 1: there is no column 'prompt'.*question"),
+        ("a.csv", b"wording,kind\nx,y\n", "line 1: there is no column 'wording'.*question"),
+        ("a.csv", b"query,question\nx,y\n", "line 1: the column question is there twice"),
+        ("a.json", b'[{"query": "x", "prompt": "y"}]', "query 1, line 1: a field is there twice"),
         ("a.csv", b"What is rain?\nWhat is snow?\n", "line 1: there is no column 'what is rain"),
         ("a.csv", b"kind,keywords\nx,y\n", "line 1: the column question is missing"),
         ("a.csv", b"question,question\nx,y\n", "line 1: the column question is there twice"),
@@ -91,7 +93,7 @@ def test_built_in_file_and_a_record_are_query_files() -> None:
         ("a.txt", b"fine\n" + b"x" * 20_001, "line 2: question has 20,001 characters"),
         ("a.json", b'[\n"x",\n{"question": 3}\n]', "query 2, line 3: question is '3'"),
         ("a.json", b'["x",\n3]', "query 2, line 2: this is neither"),
-        ("a.json", b'["x",\n\n  {"prompt": "y"}]', "query 2, line 3: there is no field 'prompt'"),
+        ("a.json", b'["x",\n\n  {"wording": "y"}]', "query 2, line 3: there is no field 'wording'"),
         ("a.json", b'[{"question": "x", "keywords": [1]}]', "query 1, line 1: the keywords are no texts"),
         ("a.json", b'[{"question": "x", "keywords": {"a": 1}}]', "line 1: the keywords are no texts"),
         ("a.json", b'[{"question": "a\\u0000b"}]', "holds a NUL character"),
@@ -168,3 +170,10 @@ def test_any_text_is_read_or_refused_in_words(text: str, name: str) -> None:
     except InvalidRequest:
         return
     assert queries
+
+
+@pytest.mark.parametrize("name", ["question", "query", "prompt", " Query "])
+def test_question_column_may_have_its_usual_names(name: str) -> None:
+    (from_csv,) = read_queries(f"{name},expected_keywords\nWhat is rain?,water;cloud\n".encode(), "a.csv")
+    (from_json,) = read_queries(json.dumps([{name.strip().lower(): "What is rain?", "expected_keywords": ["water", "cloud"]}]).encode(), "a.json")
+    assert from_csv.question == from_json.question == "What is rain?" and from_csv.keywords == from_json.keywords == ("water", "cloud")
