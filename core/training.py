@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from core.cpu_features import multiplies_bf16
 from core.errors import CalibrationError, InvalidRequest
 from core.progress import Progress, Stop, silent
 
@@ -80,11 +81,6 @@ class TrainingReport:
     losses: list[tuple[int, float]] = field(default_factory=list)
     evaluations: list[tuple[int, float]] = field(default_factory=list)
     stopped: str | None = None  # None | "stop requested" | "no improvement"
-
-
-def multiplies_bf16(device: str) -> bool:
-    """Whether products of bfloat16 are fast on the device; a CPU without instructions for them is several times slower than in float32."""
-    return device != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _optimizers(parameters: Sequence[nn.Parameter], plan: TrainingPlan, matrices: Sequence[nn.Parameter]) -> list[torch.optim.Optimizer]:

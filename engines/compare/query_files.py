@@ -150,7 +150,7 @@ def _json_rows(text: str, shown: str) -> Iterator[_Row]:
         where = f"{shown}, query {place + 1}" + (f", line {lines[place]}" if place < len(lines) else "")
         if not isinstance(entry, (str, dict)):
             raise InvalidRequest(f"{where}: this is neither a text nor an object with a question.")
-        values = {"question": entry} if isinstance(entry, str) else {_ALSO.get(k, k): v for k, v in entry.items()}
+        values = {"question": entry} if isinstance(entry, str) else {_ALSO.get(str(k), str(k)): v for k, v in entry.items()}
         if isinstance(entry, dict) and len(values) < len(entry):
             raise InvalidRequest(f"{where}: a field is there twice, under two names. Keep one.")
         unknown = next((k for k in values if k not in COLUMNS), None)

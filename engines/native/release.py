@@ -51,13 +51,19 @@ def replace_and_release(bundle: Bundle, compiled: Compiled, source: SourceWeight
     Returns:
         Paths, bytes of the layers replaced, and a note of what was released.
     """
-    paths = tuple(path for path, _ in replaceable(bundle, compiled))
-    before = storage_bytes(tensors_of(map(bundle.model.get_submodule, paths)))
-    watch = StorageWatch(tensors_of(map(bundle.model.get_submodule, paths)))
-    for path in paths:
-        edits.swap_module(bundle.model, path, PackedLinear.in_place_of(bundle.model.get_submodule(path), compiled.read[path]))
+    watch = StorageWatch(tensors_of(layer for _, layer in replaceable(bundle, compiled)))
+    paths, before = read_packed(bundle, compiled, edits)
     edits.release(source.reader)
-    return paths, sum(before.values()), released_note(watch, bundle, [edits])
+    return paths, before, released_note(watch, bundle, [edits])
+
+
+def read_packed(bundle: Bundle, compiled: Compiled, edits: Edits) -> tuple[tuple[str, ...], int]:
+    """Put layers that read the program's weights in the place of those with originals; their paths, and the originals' bytes."""
+    replaced = tuple(replaceable(bundle, compiled))
+    before = storage_bytes(tensors_of(layer for _, layer in replaced))
+    for path, layer in replaced:
+        edits.swap_module(bundle.model, path, PackedLinear.in_place_of(layer, compiled.read[path]))
+    return tuple(path for path, _ in replaced), sum(before.values())
 
 
 def released_note(watch: StorageWatch, bundle: Bundle, edits: Sequence[Edits]) -> str:

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from core.bundle import Bundle, storage_bytes, tensors_of
+from core.cpu_features import multiplies_bf16
 from core.reversible import Edits
 from core.source_weights import SourceWeights
 from core.technique import SIMULATED_NOTE, Effect, Label, Prepared, Report, Stage, Technique, option
 from engines.native.compiler import compile_program
 from engines.native.decoder import NativeDecoder
 from engines.native.parts import NotNative
-from engines.native.release import replace_and_release
+from engines.native.release import read_packed, replace_and_release
 from kernels.build import native
 from kernels.kv_memory.cache import growing_cache
 from optim.vattention.technique import reserved_cache
@@ -89,5 +90,9 @@ class NativeRuntime(Technique):
             paths, before, note = replace_and_release(bundle, compiled, source, edits)
             touched.extend(paths)
             read_from, released = "prompts are read by torch from the packed weights", (note,)
+        elif bundle.model.dtype == torch.bfloat16 and not multiplies_bf16(bundle.device.type):
+            paths, before = read_packed(bundle, compiled, edits)
+            touched.extend(paths)
+            read_from = "prompts are multiplied in C from the packed weights: this CPU has no products of bfloat16, and torch's take several times as long"
         notes = (f"{len(compiled.program.program.operations)} operations a step on {compiled.program.threads} threads, context {context:,} tokens", read_from, *released)
         return Report(self.name, Label.EXECUTED, tuple(touched), {"prefill": "runs in torch"}, before, cost, notes), ()
