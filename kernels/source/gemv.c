@@ -56,6 +56,7 @@ INLINE void sums_i4(f32v *restrict sum, const float *restrict x, int64_t x_strid
     while (r < last) {
         int64_t at = (rows ? (int64_t)rows[r] : r) / group, end = (at + 1) * group;
         f32v part[MOST_TOKENS * HELD] = {0};
+        float total[MOST_TOKENS] = {0};
         for (; r < last; r++) {
             int64_t row = rows ? (int64_t)rows[r] : r;
             if (row >= end) break;
@@ -64,16 +65,17 @@ INLINE void sums_i4(f32v *restrict sum, const float *restrict x, int64_t x_strid
             struct codes codes = load_codes(base + row * row_stride);
             if (vectors < MOST)
                 for (int i = 0; i < WORD_VECTORS; i++) codes.words[i] >>= from / WORD_VECTORS * 4;
+            for (int t = 0; t < tokens; t++) total[t] += x[t * x_stride + row];
             _Pragma("GCC unroll 8")
             for (int v = 0; v < vectors; v++) {
-                f32v value = unpacked(&codes, v);
+                f32v value = masked(&codes, v);
                 _Pragma("GCC unroll 4")
                 for (int t = 0; t < tokens; t++) part[t * vectors + v] = added(part[t * vectors + v], value, splat(x[t * x_stride + row]));
             }
         }
         for (int v = 0; v < vectors; v++) {
             f32v scale = load_bf16(scales + at * TILE + (from + v) * LANES);
-            for (int t = 0; t < tokens; t++) s[t * vectors + v] = added(s[t * vectors + v], part[t * vectors + v], scale);
+            for (int t = 0; t < tokens; t++) s[t * vectors + v] = added(s[t * vectors + v], unmasked(part[t * vectors + v], v, total[t]), scale);
         }
     }
     for (int i = 0; i < tokens * vectors; i++) sum[i] = s[i];

@@ -22,12 +22,7 @@ struct codes {
 
 INLINE struct codes load_codes(const uint32_t *p) {
     struct codes c;
-    for (int i = 0; i < WORD_VECTORS; i++) { /* one by one: what is copied in other pieces has to pass through memory */
-        memcpy(&c.words[i], p + i * LANES, sizeof c.words[i]);
-#ifndef __AVX512F__
-        c.words[i] ^= 0x88888888u; /* code + 8 becomes the code itself, of four signed bits */
-#endif
-    }
+    for (int i = 0; i < WORD_VECTORS; i++) memcpy(&c.words[i], p + i * LANES, sizeof c.words[i]); /* one by one: what is copied in other pieces has to pass through memory */
     return c;
 }
 
@@ -39,8 +34,18 @@ INLINE f32v unpacked(const struct codes *c, int v) {
     const __m512 table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
     return (f32v)_mm512_permutexvar_ps((__m512i)(words >> shift), table); /* reads the low four bits only */
 #else
-    return __builtin_convertvector((i32v)(words << (28 - shift)) >> 28, f32v);
+    return __builtin_convertvector((i32v)((words ^ 0x88888888u) << (28 - shift)) >> 28, f32v); /* code + 8, its top bit turned, is the code in four signed bits */
 #endif
 }
+
+/* For sums of many rows the same with fewer operations, where there is no table of sixteen: (code + 8) * 16^nibble. What `unmasked` makes of their
+ * sum is that of code * x, `total` being the sum of x. Vectors of the low half of the words only: more would not be exact. */
+#ifdef __AVX512F__
+INLINE f32v masked(const struct codes *c, int v) { return unpacked(c, v); }
+INLINE f32v unmasked(f32v sum, int v, float total) { (void)v, (void)total; return sum; }
+#else
+INLINE f32v masked(const struct codes *c, int v) { return __builtin_convertvector((i32v)(c->words[v % WORD_VECTORS] & 15u << v / WORD_VECTORS * 4), f32v); }
+INLINE f32v unmasked(f32v sum, int v, float total) { return sum * (1.0f / (float)(1 << v / WORD_VECTORS * 4)) - splat(8.0f * total); }
+#endif
 
 #endif

@@ -316,3 +316,21 @@ def test_options_are_checked_and_spelled() -> None:
     assert parse_method("native:keep=drop") == (DROP,) and DROP.spell() == "native:keep=drop" and NativeRuntime().spell() == "native"
     with pytest.raises(InvalidRequest, match="originals, drop"):
         NativeRuntime(keep="some")
+
+
+@pytest.mark.parametrize("has_products", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_bfloat16_prompts_are_read_packed_where_the_cpu_has_no_such_products(family: str, has_products: bool, family_checkpoint: CheckpointOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engines.native.technique.multiplies_bf16", lambda device: has_products)
+    bundle = load_bundle(str(family_checkpoint(family)), dtype="bfloat16")
+    before = contract.snapshot(bundle)
+    wanted = contract.logits_of(bundle)
+    (native,) = parse_method("native")
+    with contract.apply(native, bundle) as applied:
+        packed = {path for path, module in bundle.model.named_modules() if isinstance(module, PackedLinear)}
+        assert packed <= set(applied.report.touched)
+        assert bool(packed) != has_products and (applied.report.bytes_before > 0) != has_products
+        assert any("multiplied in C" in note for note in applied.report.notes) != has_products
+        got = contract.logits_of(bundle)
+        assert (got - wanted).abs().max() < 2e-2 * wanted.abs().max()
+    contract.assert_unchanged(before, bundle, "after undo")
