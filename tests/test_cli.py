@@ -154,3 +154,25 @@ def test_chat_over_all_methods_writes_comprehensive_results(family_checkpoint: C
     entries = {m["method"]: m for m in record["methods"]}
     assert "int4" in entries["all_combined"]["excluded"] and "int8" in entries["all_combined"]["members"]
     assert all(a["metrics"]["baseline_answer_bits_per_byte"] is not None for a in record["answers"].values())
+
+
+def test_train_classifier_writes_a_model_and_its_measured_card(family_checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for split, words in (("train", ("fine", "bad", "lovely", "dull")), ("validation", ("good", "poor"))):
+        (tmp_path / f"{split}.tsv").write_text("sentence\tlabel\n" + "".join(f"a {word} day\t{1 - i % 2}\n" for i, word in enumerate(words)), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["cli.py", "train", "classifier", "--model", str(family_checkpoint("llama")), "--dataset", str(tmp_path), "--output", str(tmp_path / "out"), "--epochs", "1"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    figures = json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf-8"))
+    said = capsys.readouterr().out
+    assert f"{figures['accuracy']:.1%}" in said and figures["validation_examples"] == 2 and figures["chance"] == 0.5
+    assert figures["labels"] == ["0", "1"] and str(tmp_path) not in json.dumps(figures)
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (("--dataset", "/no/such/folder"), "there is no such folder"), (("--learning-rate", "nan", "--limit", "8"), "learning_rate is nan"), (("--model", "embedded/none"), "no embedded model"),
+])
+def test_train_classifier_refuses_with_words(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], said: str, family_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    model = () if "--model" in words else ("--model", str(family_checkpoint("llama")))
+    assert said in refused(capsys, monkeypatch, "train", "classifier", *model, *words, "--output", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

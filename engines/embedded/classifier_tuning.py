@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,6 +41,8 @@ class ClassifierPlan:
     def __post_init__(self) -> None:
         if not isinstance(self.epochs, int) or self.epochs < 1 or self.batch < 1:
             raise InvalidRequest(f"epochs is {self.epochs} and batch {self.batch}; both must be at least 1.")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise InvalidRequest(f"learning_rate is {self.learning_rate}; it must be a finite number above 0.")
         if not 0 <= self.word_dropout < 1:
             raise InvalidRequest(f"word_dropout is {self.word_dropout}; it must be at least 0 and below 1.")
 

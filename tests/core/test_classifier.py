@@ -134,7 +134,7 @@ def test_tuning_learns_and_what_is_saved_scores_the_same(opt_folder: Path, tmp_p
     assert f"{written.share:.1%}" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(("changes", "message"), [({"epochs": 0}, "epochs is 0"), ({"word_dropout": 1.0}, "word_dropout"), ({"learning_rate": float("nan")}, "learning rates")])
+@pytest.mark.parametrize(("changes", "message"), [({"epochs": 0}, "epochs is 0"), ({"word_dropout": 1.0}, "word_dropout"), ({"learning_rate": float("nan")}, "learning_rate is nan"), ({"learning_rate": 0.0}, "learning_rate is 0")])
 def test_bad_plan_is_refused(changes: dict[str, float], message: str, opt_folder: Path) -> None:
     data = load_labelled("embedded")
     classifier: Classifier = load_classifier(str(opt_folder), data.labels)
