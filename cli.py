@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the commands show their own
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import typer
 
