@@ -15,6 +15,7 @@ from playwright.sync_api import Page, expect
 pytestmark = pytest.mark.browser
 
 CSV = "id,question,keywords\nrain,What is rain?,water;cloud\nsum,=1+1 is what?,\n"
+MORE = "".join(f"{name},What is {name}?,\n" for name in ("snow", "wind", "light", "heat", "sound", "ice"))  # enough answers to be seen one after the other on a busy machine
 
 
 @pytest.fixture
@@ -53,8 +54,8 @@ def downloaded(page: Page, button: str) -> bytes:
 
 
 def test_own_queries_two_methods_the_table_fills_and_the_files_say_the_same(tab: Page, tmp_path: Path) -> None:
-    upload(tab, tmp_path, "mine.csv", CSV)
-    expect(tab.locator("#compare-preview")).to_contain_text("2 queries read")
+    upload(tab, tmp_path, "mine.csv", CSV + MORE)
+    expect(tab.locator("#compare-preview")).to_contain_text("8 queries read")
     tab.evaluate("""() => {
         window.filled = [];
         const note = () => window.filled.push([...document.querySelectorAll('#compare-table tbody td')].filter(td => /tok\\/s/.test(td.innerText)).length);
@@ -64,7 +65,7 @@ def test_own_queries_two_methods_the_table_fills_and_the_files_say_the_same(tab:
     counts = tab.evaluate("window.filled")
     assert len(set(counts)) >= 3 and counts == sorted(counts), counts  # not all at once
     record: dict[str, Any] = json.loads(downloaded(tab, "compare-json"))
-    assert record["complete"] and [q["question"] for q in record["queries"]] == ["What is rain?", "=1+1 is what?"]
+    assert record["complete"] and [q["question"] for q in record["queries"]][:3] == ["What is rain?", "=1+1 is what?", "What is snow?"]
     assert [r["method"] for r in record["rows"]] == ["baseline", "word_removal"]
     for place, method in enumerate(("baseline", "word_removal")):
         for query, key in enumerate(("rain", "sum")):
